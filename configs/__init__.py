@@ -1,0 +1,1 @@
+"""Shipped configurations, read by name with importlib.resources (space/records.py)."""

@@ -1,0 +1,105 @@
+"""Device and Measurement: what was timed, where, and the raw samples everything is derived from."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from space.records import record, to_plain
+
+Verdict = Literal["ok", "noisy"]
+
+#: IQR / median above which a measurement is noisy: repeated, then flagged.
+NOISY_SPREAD = 0.10
+
+
+@record
+class Measurement:
+    """Raw samples of one network on one device, and the figures derived from them.
+
+    Attributes:
+        samples_ms: Time of one inference, milliseconds, in the order taken; each is the mean of
+            `inner_iterations` inferences. At least one, all > 0.
+        inner_iterations: Inferences per sample.
+        warmup_runs: Inferences before the first sample.
+        attempts: How often the whole measurement was taken; 2 or more after a noisy one.
+        graph_hash: Identifies what was timed (space.architecture.graph_hash).
+        device: The device's configuration and identity as plain values.
+        environment: Load, frequency, governor, temperature, versions, where readable.
+        metrics: Other figures of the same run, e.g. `peak_memory_bytes`, `model_bytes`.
+    """
+
+    samples_ms: tuple[float, ...]
+    inner_iterations: int
+    warmup_runs: int
+    attempts: int
+    graph_hash: str
+    device: dict[str, Any]
+    environment: dict[str, Any]
+    metrics: dict[str, float]
+
+    def __post_init__(self) -> None:
+        if not self.samples_ms or not all(0 < s < float("inf") for s in self.samples_ms):
+            raise ValueError(
+                f"samples_ms must be finite, positive numbers, but got {self.samples_ms[:5]!r}"
+            )
+
+    @property
+    def median_ms(self) -> float:
+        """The figure: median of the samples."""
+        return float(np.median(self.samples_ms))
+
+    @property
+    def iqr_ms(self) -> float:
+        """Third minus first quartile."""
+        low, high = np.percentile(self.samples_ms, [25, 75])
+        return float(high - low)
+
+    @property
+    def spread(self) -> float:
+        """IQR / median."""
+        return self.iqr_ms / self.median_ms
+
+    @property
+    def verdict(self) -> Verdict:
+        """`noisy` if IQR / median exceeds 10 %."""
+        return "noisy" if self.spread > NOISY_SPREAD else "ok"
+
+    def percentile_ms(self, percent: float) -> float:
+        """Percentile of the samples, `percent` in [0, 100]."""
+        return float(np.percentile(self.samples_ms, percent))
+
+    @property
+    def median_interval_ms(self) -> tuple[float, float]:
+        """95 % confidence interval of the median, distribution-free (order statistics)."""
+        return median_interval(np.asarray(self.samples_ms))
+
+    @property
+    def device_fingerprint(self) -> str:
+        """16 hexadecimal digits of `device`: equal only for equal conditions of measuring."""
+        return fingerprint(self.device)
+
+
+def fingerprint(device: dict[str, Any]) -> str:
+    """Return 16 hexadecimal digits that identify a device's configuration and runtime."""
+    text = json.dumps(to_plain(device), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def median_interval(samples: NDArray[np.float64], z: float = 1.96) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a median by order statistics.
+
+    Args:
+        samples: float64, (n,), any order.
+        z: Normal quantile of the two-sided level.
+    """
+    ordered = np.sort(samples)
+    n = len(ordered)
+    half = z * np.sqrt(n) / 2
+    low = int(np.clip(np.floor(n / 2 - half), 0, n - 1))
+    high = int(np.clip(np.ceil(n / 2 + half), 0, n - 1))
+    return float(ordered[low]), float(ordered[high])

@@ -1,0 +1,55 @@
+"""The engine's own exceptions: those that some caller catches to act on.
+
+MnasError
+├── ConfigError        bad input from a user: a file, a flag, an architecture's text (exit status 2)
+├── MeasurementError   a device gave no believable figure; recorded as a failed measurement
+└── TrialFailed        a child network gave no accuracy; recorded as a failed trial
+
+Callers' programming mistakes are plain ValueError and TypeError.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+FailureCause = Literal["architecture", "infrastructure"]
+
+
+class MnasError(Exception):
+    """Root of the engine's exceptions."""
+
+
+class ConfigError(MnasError, ValueError):
+    """One sentence: where, rule, what was given, remedy."""
+
+
+class MeasurementError(MnasError):
+    """A latency measurement that ended without a figure; the message is the reason."""
+
+    def __init__(self, reason: str, *, cause: FailureCause = "infrastructure") -> None:
+        super().__init__(reason)
+        self.cause: FailureCause = cause
+
+
+class TrialFailed(MnasError):
+    """A trial that ended without an accuracy.
+
+    `cause` says whose fault it was: `architecture` failures (the training diverged, the network
+    does not fit) are taught to the controller; `infrastructure` failures (a worker died) are
+    retried elsewhere and withheld from it.
+    """
+
+    def __init__(
+        self, reason: str, *, cause: FailureCause = "architecture", detail: str = ""
+    ) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.cause: FailureCause = cause
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild_trial_failed, (self.reason, self.cause, self.detail))
+
+
+def _rebuild_trial_failed(reason: str, cause: FailureCause, detail: str) -> TrialFailed:
+    return TrialFailed(reason, cause=cause, detail=detail)
