@@ -77,9 +77,7 @@ class BlockSpec:
         if self.op == "mbconv" and self.expand_ratio == 1:
             object.__setattr__(self, "op", "dconv")
         if self.op != "mbconv" and self.expand_ratio != 1:
-            raise ValueError(
-                f"expand_ratio must be 1 for {self.op}, but got {self.expand_ratio}"
-            )
+            raise ValueError(f"expand_ratio must be 1 for {self.op}, but got {self.expand_ratio}")
         object.__setattr__(self, "se_ratio", float(self.se_ratio))
 
     def canonical(self, input_filters: int) -> BlockSpec:

@@ -19,7 +19,7 @@ import os
 import re
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -95,7 +95,7 @@ def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
 def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        key = loader.construct_object(key_node, deep=True)  # type: ignore[no-untyped-call]
+        key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
             raise yaml.constructor.ConstructorError(
                 None, None, f"keys must be strings, but got {key!r}", key_node.start_mark
@@ -104,7 +104,7 @@ def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[
             raise yaml.constructor.ConstructorError(
                 None, None, f"duplicate key {key!r}; keep one of the two", key_node.start_mark
             )
-        result[key] = loader.construct_object(value_node, deep=True)  # type: ignore[no-untyped-call]
+        result[key] = loader.construct_object(value_node, deep=True)
     return result
 
 
@@ -124,9 +124,7 @@ def _expanded_nodes(node: yaml.Node, sizes: dict[int, int]) -> int:
     if isinstance(node, yaml.SequenceNode):
         total += sum(_expanded_nodes(child, sizes) for child in node.value)
     elif isinstance(node, yaml.MappingNode):
-        total += sum(
-            _expanded_nodes(k, sizes) + _expanded_nodes(v, sizes) for k, v in node.value
-        )
+        total += sum(_expanded_nodes(k, sizes) + _expanded_nodes(v, sizes) for k, v in node.value)
     sizes[id(node)] = total
     return total
 
@@ -196,9 +194,7 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     value = parse_yaml(read_text(path), where=str(path))
     if not isinstance(value, dict):
-        raise ConfigError(
-            f"{path}: must hold keys and values, but it holds {_describe(value)}."
-        )
+        raise ConfigError(f"{path}: must hold keys and values, but it holds {_describe(value)}.")
     return value
 
 
@@ -250,7 +246,8 @@ def build(cls: type[T], values: object, *, where: str) -> T:
     """
     try:
         # Through JSON, so that lists become tuples while nested objects stay strict.
-        return _adapter(cls).validate_json(json.dumps(values, allow_nan=False))
+        made: T = _adapter(cls).validate_json(json.dumps(values, allow_nan=False))
+        return made
     except ValidationError as error:
         raise ConfigError(_sentences(cls, values, error, where)) from None
     except (TypeError, ValueError, RecursionError) as error:
@@ -258,7 +255,7 @@ def build(cls: type[T], values: object, *, where: str) -> T:
 
 
 @functools.lru_cache(maxsize=256)
-def _adapter(cls: Any) -> TypeAdapter[Any]:
+def _adapter(cls: Hashable) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 
@@ -317,9 +314,7 @@ def apply_overrides(
         key, equals, text = override.partition("=")
         parts = key.split(".")
         if not equals or not all(parts):
-            raise ConfigError(
-                f"{where}: an override must read key=value, but got {override!r}."
-            )
+            raise ConfigError(f"{where}: an override must read key=value, but got {override!r}.")
         target: dict[str, Any] = result
         for part in parts[:-1]:
             if target.get(part) is None:
@@ -382,7 +377,7 @@ def _sentences(cls: Any, values: object, error: ValidationError, where: str) -> 
             field, _, rule = rule.partition(" ")
             dotted = f"{dotted}.{field}"
         rules.setdefault(dotted, []).append(rule)
-    sentences = []
+    sentences: list[str] = []
     for dotted, alternatives in rules.items():
         merged = alternatives if not dotted else [_merge(alternatives)]
         sentences.extend(f"{where}: {dotted} {rule}".replace(":  ", ": ") for rule in merged)
