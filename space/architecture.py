@@ -2,7 +2,7 @@
 
 The text form of an Architecture is one line:
 
-    stem32 | r1_k3_s11_e1_i32_o16_noskip | ... | r1_k3_s11_e6_i160_o320_noskip | head1280 | r224 | c1000
+    stem32 | r1_k3_s11_e1_i32_o16_noskip | ... | head1280 | r224 | c1000
 
 Blocks are written in the notation of the published MnasNet TPU code, in this order of tokens:
 

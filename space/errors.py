@@ -1,7 +1,7 @@
 """The engine's own exceptions: those that some caller catches to act on.
 
 MnasError
-├── ConfigError        bad input from a user: a file, a flag, an architecture's text (exit status 2)
+├── ConfigError        bad input: a file, a flag, an architecture's text (exit status 2)
 ├── MeasurementError   a device gave no believable figure; recorded as a failed measurement
 └── TrialFailed        a child network gave no accuracy; recorded as a failed trial
 

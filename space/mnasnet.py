@@ -93,8 +93,9 @@ def adapt(
     width: float = 1.0,
     resolution: int | None = None,
     classes: int | None = None,
+    input_channels: int | None = None,
 ) -> Architecture:
-    """Return the network scaled in width and set to another resolution or number of classes.
+    """Return the network scaled in width and set to another kind of image.
 
     Raises:
         ConfigError: A value is out of range for this network.
@@ -105,6 +106,7 @@ def adapt(
             scaled,
             resolution=scaled.resolution if resolution is None else resolution,
             classes=scaled.classes if classes is None else classes,
+            input_channels=(scaled.input_channels if input_channels is None else input_channels),
         )
     except ValueError as error:
         raise ConfigError(f"architecture: {error}.") from None

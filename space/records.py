@@ -19,9 +19,9 @@ import os
 import re
 import types
 import typing
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -82,9 +82,7 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
 
 def _construct_float(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
     text = str(loader.construct_scalar(node))
-    value = float(text.replace(".inf", "inf").replace(".nan", "nan").lower().lstrip("."))
-    if text.lower().lstrip("+-") not in (".inf", ".nan"):
-        value = float(text)
+    value = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
     if not math.isfinite(value):
         raise yaml.constructor.ConstructorError(
             None, None, f"numbers must be finite, but got {text}", node.start_mark
@@ -142,7 +140,7 @@ def parse_yaml(text: str, *, where: str) -> Any:
             return None
         if _expanded_nodes(node, {}) > MAX_CONFIG_NODES:
             raise ConfigError(f"aliases expand it to more than {MAX_CONFIG_NODES} values")
-        return loader.construct_document(node)  # type: ignore[no-untyped-call]
+        return loader.construct_document(node)
     except ConfigError as error:
         raise ConfigError(f"{where}: {error}.") from None
     except yaml.MarkedYAMLError as error:
@@ -246,7 +244,7 @@ def build(cls: type[T], values: object, *, where: str) -> T:
     """
     try:
         # Through JSON, so that lists become tuples while nested objects stay strict.
-        made: T = _adapter(cls).validate_json(json.dumps(values, allow_nan=False))
+        made: T = _adapter(cast(Any, cls)).validate_json(json.dumps(values, allow_nan=False))
         return made
     except ValidationError as error:
         raise ConfigError(_sentences(cls, values, error, where)) from None
@@ -255,7 +253,7 @@ def build(cls: type[T], values: object, *, where: str) -> T:
 
 
 @functools.lru_cache(maxsize=256)
-def _adapter(cls: Hashable) -> TypeAdapter[Any]:
+def _adapter(cls: Any) -> TypeAdapter[Any]:
     return TypeAdapter(cls)
 
 

@@ -1,0 +1,59 @@
+"""The command line's border: `python -m search` and the console script `mnas`.
+
+Bad input ends in one sentence on standard error and exit status 2, never in a traceback.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sqlite3
+import sys
+
+import typer
+
+from search.cli import app
+from space.errors import MnasError
+
+#: The class of all complaints about flags and arguments, whichever click typer is built on.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+EXIT_ERROR, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+
+def main() -> None:
+    """Run a command and exit with its status."""
+    sys.exit(_run())
+
+
+def _run() -> int:
+    try:
+        status = app(standalone_mode=False)
+        return status if isinstance(status, int) else 0
+    except MnasError as error:
+        return _complain(str(error), EXIT_BAD_INPUT)
+    except _UsageError as error:
+        return _complain(f"{error} See `mnas --help`.", EXIT_BAD_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
+        return _complain("stopped.", EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader of a pipe went away: nothing to say, and nowhere to say it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_ERROR
+    except (sqlite3.OperationalError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _complain(
+            f"cannot write: {error}. What was committed is safe; make room and go on with"
+            " `mnas resume`.",
+            EXIT_ERROR,
+        )
+
+
+def _complain(sentence: str, status: int) -> int:
+    print(f"mnas: {sentence}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,217 @@
+"""The command line's campaign commands: search, resume, status, top, report, export.
+
+Heavy imports stand inside the commands, so that `mnas --help` answers at once. Commands that
+report take `--json`: one object on one line on standard output, keys as field names with units.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from search import cli_parts
+from space.errors import ConfigError
+
+if TYPE_CHECKING:
+    from search.engine import CampaignOutcome
+
+app = typer.Typer(
+    name="mnas",
+    help="Find a network for your device: search, measure, retrain, export.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+cli_parts.register(app)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on one line.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to replace.")
+]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A campaign's folder.")]
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on one line."""
+    print(json.dumps(value, allow_nan=False))
+
+
+@app.command("search")
+def search_command(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A file or a shipped name.")],
+    overrides: Overrides = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The campaign's folder [runs/<name>].")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the one in --out.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run a search campaign from a configuration."""
+    from search.config import load_campaign_config
+
+    wanted = load_campaign_config(config, overrides or [])
+    if resume:
+        if out is None:
+            raise ConfigError("--resume: needs --out DIR, the campaign to go on with.")
+        from search.campaign import continue_with
+
+        _run(out, lambda: continue_with(out, wanted), as_json=as_json)
+        return
+    from search.campaign import create
+
+    folder = _free_folder(Path("runs") / wanted.name) if out is None else out
+    _run(folder, lambda: create(folder, wanted), as_json=as_json)
+
+
+@app.command("resume")
+def resume_command(folder: Folder, overrides: Overrides = None, as_json: Json = False) -> None:
+    """Go on with a campaign where it stopped; a raised stop.trials extends a finished one."""
+    from search.campaign import open_to_write
+
+    _run(folder, lambda: open_to_write(folder, overrides or []), as_json=as_json)
+
+
+def _free_folder(folder: Path) -> Path:
+    """`folder`, or `folder-2`, `folder-3`, ... if it is taken."""
+    candidate, number = folder, 1
+    while candidate.exists():
+        number += 1
+        candidate = folder.with_name(f"{folder.name}-{number}")
+    return candidate
+
+
+def _run(folder: Path, opener: Any, *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from search.engine import run
+    from search.loop import Parts, describe
+    from search.progress import Progress
+
+    console = Console(stderr=as_json)
+    with opener() as campaign:
+        lines = [*describe(campaign.config, Parts(campaign.config)), ("folder", str(folder))]
+        _print_lines(console, lines)
+        store = campaign.store
+        best = store.trials(role="search", best=1)
+        pending = store.counts().get("pending", 0)
+        done = sum(store.counts().values()) - pending
+        progress = Progress(console, campaign.config.stop.trials, done, best[0] if best else None)
+        try:
+            with progress:
+                outcome = run(campaign, progress)
+        except KeyboardInterrupt:
+            console.print(
+                f"\nStopped. Nothing is lost; go on with: mnas resume {folder}", soft_wrap=True
+            )
+            raise typer.Exit(130) from None
+    _print_outcome(console, outcome, as_json=as_json)
+
+
+def _print_outcome(console: Any, outcome: CampaignOutcome, *, as_json: bool) -> None:
+    from search.tables import trial_summary
+
+    if as_json:
+        best = trial_summary(outcome.best) if outcome.best else None
+        print_json(
+            {
+                "folder": outcome.folder,
+                "stop_reason": outcome.stop_reason,
+                "trials": outcome.trials,
+                "completed": outcome.completed,
+                "target_ms": outcome.target_ms,
+                "best": best,
+                "winner": outcome.winner,
+                "report": outcome.report,
+            }
+        )
+        return
+    lines = [("ended", outcome.stop_reason), ("target", f"{outcome.target_ms:.4g} ms")]
+    if outcome.best is not None:
+        best_trial = outcome.best
+        lines.append(
+            (
+                "best",
+                f"trial {best_trial.id}: reward {best_trial.reward:.4f}, accuracy"
+                f" {best_trial.accuracy:.4f}, {best_trial.latency_ms:.3f} ms",
+            )
+        )
+    if outcome.winner is not None:
+        winner = outcome.winner
+        lines += [
+            ("retrained", f"trial {winner['trial']}: test accuracy {winner['test_accuracy']:.4f}"),
+            ("weights", f"{outcome.folder}/{winner['weights']}"),
+            ("onnx", f"{outcome.folder}/{winner['onnx']}"),
+        ]
+    lines += [
+        ("report", outcome.report),
+        ("database", f"{outcome.folder}/campaign.db"),
+        ("see also", f"mnas top {outcome.folder}"),
+    ]
+    _print_lines(console, lines)
+
+
+def _print_lines(console: Any, lines: list[tuple[str, str]]) -> None:
+    for label, text in lines:
+        console.print(f"{label:<11}{text}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command("status")
+def status_command(folder: Folder, as_json: Json = False) -> None:
+    """Say how a campaign stands, also while it runs."""
+    from rich.console import Console
+
+    from search.campaign import open_to_read, read_config
+    from search.tables import campaign_lines, campaign_summary
+
+    summary = campaign_summary(folder, open_to_read(folder), read_config(folder))
+    if as_json:
+        print_json(summary)
+    else:
+        _print_lines(Console(), campaign_lines(summary))
+
+
+@app.command("top")
+def top_command(
+    folder: Folder,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="How many.")] = 10,
+    front: Annotated[bool, typer.Option("--front", help="The Pareto front instead.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the best networks of a campaign."""
+    from rich.console import Console
+
+    from search.campaign import open_to_read
+    from search.pareto import best_networks, pareto_front
+    from search.tables import trial_summary, trial_table
+
+    trials = open_to_read(folder).trials(role="search")
+    chosen = pareto_front(trials) if front else best_networks(trials, count)
+    if as_json:
+        print_json({"folder": str(folder), "trials": [trial_summary(t) for t in chosen]})
+    else:
+        title = "Pareto front" if front else f"best {len(chosen)} networks"
+        Console().print(trial_table(chosen, f"{title} of {folder}"))
+
+
+@app.command("report")
+def report_command(
+    folder: Folder,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The HTML file [DIR/report.html].")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write the campaign's report: one HTML file that works offline."""
+    from search.campaign import open_to_read, read_config
+    from search.report import write_report
+
+    path = out or folder / "report.html"
+    write_report(open_to_read(folder), read_config(folder), path)
+    if as_json:
+        print_json({"report": str(path)})
+    else:
+        print(f"report     {path}")

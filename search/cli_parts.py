@@ -1,0 +1,300 @@
+"""The command line's commands for single rooms: space, latency, retrain, and plug-ins' checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from space.errors import ConfigError
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on one line.")]
+Arch = Annotated[
+    str, typer.Argument(metavar="ARCH", help="A published name, a text form, or DIR:TRIAL.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add this module's commands to the command line."""
+    space = typer.Typer(help="Look at networks and search spaces.", no_args_is_help=True)
+    space.command("show")(space_show)
+    space.command("sample")(space_sample)
+    space.command("check")(space_check)
+    app.add_typer(space, name="space", rich_help_panel=None)
+    latency = typer.Typer(help="Measure latency on devices.", no_args_is_help=True)
+    latency.command("measure")(latency_measure)
+    latency.command("devices")(latency_devices)
+    app.add_typer(latency, name="latency", rich_help_panel=None)
+    app.command("retrain")(retrain)
+    app.command("validate")(validate)
+    app.command("export")(export)
+    app.command("check-plugin")(check_plugin)
+
+
+def find_network(name: str) -> Any:
+    """Return the Architecture given by a published name, a text form, or DIR:TRIAL.
+
+    Raises:
+        ConfigError: None of these.
+    """
+    from space.mnasnet import find_architecture
+
+    folder, colon, number = name.rpartition(":")
+    if colon and "|" not in name:
+        return campaign_trial(Path(folder), number).network()
+    return find_architecture(name)
+
+
+def campaign_trial(folder: Path, number: str) -> Any:
+    """Return a campaign's trial by its number as text.
+
+    Raises:
+        ConfigError: No campaign there, or it has no such trial.
+    """
+    from search.campaign import open_to_read
+
+    store = open_to_read(folder)
+    trial = store.trial(int(number)) if number.lstrip("-").isdecimal() else None
+    if trial is None:
+        proposed = sum(store.counts().values())
+        raise ConfigError(
+            f"{folder}: has no trial {number!r}; they count from 0 to {proposed - 1}."
+        )
+    return trial
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """Print one JSON object on one line."""
+    print(json.dumps(value, allow_nan=False))
+
+
+# ---------------------------------------------------------------------------- space
+
+
+def space_show(
+    arch: Arch,
+    width: Annotated[float, typer.Option(help="Multiplier of stem and blocks.")] = 1.0,
+    resolution: Annotated[int | None, typer.Option(help="Input pixels.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Print a network's stages with shapes, parameters and multiply-adds."""
+    from space.cost import count, stage_table
+    from space.mnasnet import adapt
+
+    network = adapt(find_network(arch), width=width, resolution=resolution)
+    cost, stages = count(network), stage_table(network)
+    if as_json:
+        print_json(
+            {
+                "architecture": network.text,
+                "architecture_hash": network.hash,
+                **dataclasses.asdict(cost),
+                "stages": [dataclasses.asdict(stage) for stage in stages],
+            }
+        )
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{arch}  ({network.hash})", title_justify="left")
+    for name in ("stage", "block"):
+        table.add_column(name)
+    for name in ("input", "output", "parameters", "multiply-adds"):
+        table.add_column(name, justify="right")
+    for stage in stages:
+        table.add_row(
+            stage.name,
+            stage.text,
+            _shape(stage.input_shape),
+            _shape(stage.output_shape),
+            f"{stage.parameters:,}",
+            f"{stage.macs:,}",
+        )
+    console = Console()
+    console.print(table)
+    _print_lines(
+        console,
+        [
+            ("parameters", f"{cost.parameters:,} trainable"),
+            ("with batch-norm statistics", f"{cost.parameters_with_statistics:,}"),
+            ("multiply-adds", f"{cost.macs:,}"),
+            ("text", network.text),
+        ],
+    )
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "x".join(str(size) for size in shape)
+
+
+def _print_lines(console: Any, lines: list[tuple[str, str]]) -> None:
+    width = max(len(label) for label, _ in lines) + 2
+    for label, text in lines:
+        console.print(f"{label:<{width}}{text}", highlight=False, markup=False, soft_wrap=True)
+
+
+def space_sample(
+    space: Annotated[str, typer.Argument(metavar="SPACE", help="A file or a shipped name.")],
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="How many.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draw.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Draw networks uniformly over a space's tokens."""
+    import numpy as np
+
+    from space.search_space import load_space
+
+    loaded = load_space(space)
+    rng = np.random.default_rng(seed)
+    drawn = [loaded.sample(rng) for _ in range(count)]
+    if as_json:
+        print_json(
+            {
+                "space": loaded.name,
+                "samples": [
+                    {"tokens": list(tokens), "architecture": loaded.decode(tokens).text}
+                    for tokens in drawn
+                ],
+            }
+        )
+        return
+    for tokens in drawn:
+        print(loaded.decode(tokens).text)
+
+
+def space_check(
+    space: Annotated[str, typer.Argument(metavar="SPACE", help="A file or a shipped name.")],
+    arch: Annotated[
+        str | None, typer.Argument(metavar="[ARCH]", help="Is this network a member?")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Check a space's file, count it exactly, and say whether a network is a member."""
+    from space.search_space import load_space
+
+    loaded = load_space(space)
+    member, why = None, None
+    if arch is not None:
+        try:
+            loaded.encode(find_network(arch))
+            member = True
+        except ConfigError:
+            raise
+        except ValueError as error:
+            member, why = False, str(error)
+    if as_json:
+        print_json(
+            {
+                "space": loaded.name,
+                "decisions": [dataclasses.asdict(d) for d in loaded.decisions],
+                "size": loaded.size,
+                "distinct_size": loaded.distinct_size,
+                "member": member,
+                "why_not": why,
+            }
+        )
+    else:
+        from rich.console import Console
+
+        lines = [
+            ("space", loaded.name),
+            ("decisions", f"{len(loaded.decisions)}"),
+            ("token vectors", f"{loaded.size:,}"),
+            ("different networks", f"{loaded.distinct_size:,}"),
+        ]
+        if arch is not None:
+            lines.append((arch[:40], "is a member" if member else f"is no member: {why}"))
+        _print_lines(Console(), lines)
+    if member is False:
+        raise typer.Exit(1)
+
+
+# ---------------------------------------------------------------------------- latency
+
+
+def latency_measure(
+    arch: Arch,
+    device: Annotated[str, typer.Option(help="A file or a shipped name.")] = "host",
+    width: Annotated[float, typer.Option(help="Multiplier of stem and blocks.")] = 1.0,
+    resolution: Annotated[int | None, typer.Option(help="Input pixels.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a network's latency on a device."""
+    from latency.device import load_device, make_meter
+    from latency.measurement import summary
+    from space.errors import MeasurementError
+    from space.mnasnet import adapt
+
+    network = adapt(find_network(arch), width=width, resolution=resolution)
+    try:
+        measurement = make_meter(load_device(device)).measure(network)
+    except MeasurementError as error:
+        raise MeasurementError(f"{device}: measuring failed: {error}") from error
+    figures = {"architecture": network.text, **summary(measurement)}
+    if as_json:
+        print_json(figures)
+        return
+    from rich.console import Console
+
+    low, high = measurement.median_interval_ms
+    _print_lines(
+        Console(),
+        [
+            ("median", f"{measurement.median_ms:.4g} ms"),
+            ("95 % interval", f"{low:.4g} to {high:.4g} ms"),
+            ("IQR", f"{measurement.iqr_ms:.3g} ms ({measurement.spread:.1%} of the median)"),
+            ("p90", f"{measurement.percentile_ms(90):.4g} ms"),
+            (
+                "samples",
+                f"{len(measurement.samples_ms)} of {measurement.inner_iterations} inferences,"
+                f" after {measurement.warmup_runs} to warm up",
+            ),
+            ("verdict", measurement.verdict),
+            ("device", f"{measurement.device.get('name')}: {measurement.device_fingerprint}"),
+        ],
+    )
+
+
+def latency_devices(as_json: Json = False) -> None:
+    """List the shipped devices."""
+    from latency.device import load_device
+    from space.records import shipped_names, to_plain
+
+    devices = {name: to_plain(load_device(name)) for name in shipped_names("device")}
+    if as_json:
+        print_json(devices)
+        return
+    for name, device in devices.items():
+        settings = ", ".join(f"{k} {v}" for k, v in device.items() if k != "name")
+        print(f"{name:<16}{settings}")
+
+
+# ---------------------------------------------------------------------------- plug-ins
+
+
+def check_plugin(
+    kind: Annotated[str, typer.Argument(metavar="KIND", help="controller, evaluator or device.")],
+    class_path: Annotated[str, typer.Argument(metavar="CLASS", help="package.module:Name.")],
+    options: Annotated[str, typer.Option(help="The class's options, as YAML.")] = "{}",
+    space: Annotated[str, typer.Option(help="A space to try it on.")] = "small_image",
+    as_json: Json = False,
+) -> None:
+    """Check a class of your own against the engine's contract."""
+    from search.plugins import check
+    from space.records import parse_yaml
+
+    values = parse_yaml(options, where="--options")
+    if not isinstance(values, dict):
+        raise ConfigError(f"--options: must be a mapping in YAML, but got {options!r}.")
+    results = check(kind, class_path, values, space)
+    if as_json:
+        print_json({"class": class_path, "checks": [dataclasses.asdict(r) for r in results]})
+    else:
+        for result in results:
+            mark = "ok    " if result.passed else "FAILED"
+            print(f"{mark}  {result.name}" + (f": {result.message}" if result.message else ""))
+    if not all(result.passed for result in results):
+        raise typer.Exit(1)

@@ -1,0 +1,344 @@
+"""A campaign's configuration: one strict YAML file -> frozen records -> objects, once.
+
+A user's own part replaces `name` by `class`: `controller: {class: my_package.module:MyController,
+options: {...}}`; the same for `evaluator` and `device`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from controller.registry import BuiltInControllerConfig
+from latency.device import DeviceConfig
+from retrain.config import Recipe
+from search.objective import ObjectiveConfig
+from space.errors import ConfigError
+from space.records import (
+    apply_overrides,
+    build,
+    did_you_mean,
+    find_config,
+    load_yaml,
+    record,
+    to_plain,
+)
+
+
+@record
+class PluginConfig:
+    """A user's own class: `class_path` is `package.module:Name`; `options` go to it as they are.
+
+    In YAML the key is `class`; a resolved configuration writes it the same way.
+    """
+
+    name: Literal["plugin"]
+    class_path: str
+    options: dict[str, Any] = Field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        module, colon, attribute = self.class_path.partition(":")
+        if not (module and colon and attribute.isidentifier()):
+            raise ValueError(f"class must read package.module:Name, but got {self.class_path!r}")
+
+
+@record
+class SpaceChoice:
+    """A shipped space's name or a path, and what the images change about it."""
+
+    name: str
+    resolution: int | None = None
+    classes: int | None = None
+    input_channels: int | None = None
+
+
+@record
+class TrainEvaluatorConfig:
+    """Children are trained by MindSpore with this recipe; `recipe.epochs` is the fidelity."""
+
+    name: Literal["train"]
+    recipe: Recipe
+
+
+@record
+class SyntheticEvaluatorConfig:
+    """A stand-in that trains nothing: accuracy and latency are fixed functions of the network.
+
+    Deterministic and instant, for trying out and testing the engine itself. Its latency is not a
+    measurement and is never shown as one.
+
+    Attributes:
+        seconds: How long an evaluation pretends to take.
+        fail_share: Share of networks whose evaluation fails, chosen by hash.
+    """
+
+    name: Literal["synthetic"]
+    seconds: float = 0.0
+    fail_share: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seconds <= 3600:
+            raise ValueError(f"seconds must be in [0, 3600], but got {self.seconds!r}")
+        if not 0 <= self.fail_share <= 1:
+            raise ValueError(f"fail_share must be in [0, 1], but got {self.fail_share!r}")
+
+
+@record
+class SerialConfig:
+    """Trials are evaluated one after another in the engine's own process.
+
+    A crash or a hang of a child is then the engine's: meant for debugging and instant evaluators.
+    """
+
+    name: Literal["serial"]
+
+
+@record
+class RayConfig:
+    """Trials are evaluated by Ray workers, one process each.
+
+    Attributes:
+        workers: Number of workers; None takes as many as the cluster's CPUs allow.
+        threads: CPU threads (Ray CPUs) of a worker.
+        address: A cluster to join, `auto` for one on this machine; None starts a local one.
+        trials_per_process: A worker's process is replaced after so many trials, since MindSpore
+            does not give all memory back.
+        max_memory_mb: ... or when its resident memory exceeds this.
+        time_limit_s: A trial that takes longer fails.
+        retries: How often a trial whose worker died is tried again on another one.
+    """
+
+    name: Literal["ray"]
+    workers: int | None = None
+    threads: int = 1
+    address: str | None = None
+    trials_per_process: int = 16
+    max_memory_mb: int = 3000
+    time_limit_s: float = 1800.0
+    retries: int = 1
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ValueError(f"workers must be >= 1, but got {self.workers}")
+        for name in ("threads", "trials_per_process", "max_memory_mb"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, but got {getattr(self, name)}")
+        if self.time_limit_s <= 0:
+            raise ValueError(f"time_limit_s must be > 0, but got {self.time_limit_s!r}")
+        if self.retries < 0:
+            raise ValueError(f"retries must be >= 0, but got {self.retries}")
+
+
+@record
+class StopConfig:
+    """When the search ends: whichever comes first.
+
+    Attributes:
+        trials: Number of proposals (the paper's 8,000).
+        trained: Number of trainings (proposals less those that reused a result).
+        hours: Wall time over all sessions of the campaign.
+    """
+
+    trials: int
+    trained: int | None = None
+    hours: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("trials", "trained", "hours"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} must be > 0, but got {value!r}")
+
+
+@record
+class RetrainConfig:
+    """What happens to the best networks after the search.
+
+    Attributes:
+        top: How many are fully retrained; the best of them by reward on held-out images is named
+            the winner, evaluated on the test set once, and exported.
+        recipe: Of the full training.
+        threads: CPU threads of the training; None takes all.
+    """
+
+    recipe: Recipe
+    top: int = 1
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise ValueError(f"top must be >= 1, but got {self.top}")
+        if self.threads is not None and self.threads < 1:
+            raise ValueError(f"threads must be >= 1, but got {self.threads}")
+
+
+ControllerChoice = Annotated[BuiltInControllerConfig | PluginConfig, Field(discriminator="name")]
+EvaluatorChoice = Annotated[
+    TrainEvaluatorConfig | SyntheticEvaluatorConfig | PluginConfig, Field(discriminator="name")
+]
+ExecutorChoice = Annotated[SerialConfig | RayConfig, Field(discriminator="name")]
+
+
+@record
+class CampaignConfig:
+    """A whole campaign.
+
+    Attributes:
+        name: Shown in reports; the default folder is runs/<name>.
+        seed: All randomness of the campaign comes from it.
+        space: Where networks are searched.
+        controller: Who proposes them.
+        evaluator: What gives their accuracy.
+        device: What gives their latency; null if the evaluator gives `latency_ms` itself.
+        objective: Accuracy and latency -> reward.
+        batch_size: Proposals that are evaluated before the controller learns from them.
+        executor: Where trials are evaluated.
+        stop: When the search ends.
+        retrain: What happens to the best; null ends with the search.
+    """
+
+    name: str
+    space: SpaceChoice
+    controller: ControllerChoice
+    evaluator: EvaluatorChoice
+    objective: ObjectiveConfig
+    executor: ExecutorChoice
+    stop: StopConfig
+    device: DeviceConfig | PluginConfig | None = None
+    retrain: RetrainConfig | None = None
+    seed: int = 0
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if not self.name or any(c in self.name for c in "/\\\0") or self.name.startswith("."):
+            raise ValueError(f"name must be usable as a folder's name, but got {self.name!r}")
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size must be >= 1, but got {self.batch_size}")
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed must be in [0, 2**63), but got {self.seed}")
+        if self.device is None and isinstance(self.evaluator, TrainEvaluatorConfig):
+            raise ValueError("device must be given: training gives no latency, but got null")
+
+
+#: Keys that may differ when a campaign goes on: none of them changes what a trial's result means.
+RESUMABLE = (
+    "stop",
+    "executor.workers",
+    "executor.address",
+    "executor.time_limit_s",
+    "executor.retries",
+    "executor.trials_per_process",
+    "executor.max_memory_mb",
+    "evaluator.recipe.data.path",
+    "retrain.recipe.data.path",
+    "retrain.threads",
+)
+
+
+def load_campaign_config(name_or_path: str, overrides: Iterable[str] = ()) -> CampaignConfig:
+    """Return the configuration of a file or a shipped name, with `key=value` overrides.
+
+    Raises:
+        ConfigError: Anything in it is not as this module's records say.
+    """
+    path = find_config(name_or_path, "search")
+    values = apply_overrides(load_yaml(path), overrides)
+    return campaign_config(values, where=str(path), folder=path.parent)
+
+
+def campaign_config(values: dict[str, Any], *, where: str, folder: Path) -> CampaignConfig:
+    """Return the configuration that plain values describe.
+
+    Names in it are resolved here: a device's name or path becomes its configuration, a recipe's
+    name its recipe, so that the result stands by itself.
+
+    Raises:
+        ConfigError: See `load_campaign_config`.
+    """
+    resolved = dict(values)
+    for key in ("controller", "evaluator", "device"):
+        resolved[key] = _plugin_keys(resolved.get(key), f"{where}: {key}")
+        if resolved[key] is None:
+            del resolved[key]
+    device = resolved.get("device")
+    if isinstance(device, str):
+        resolved["device"] = load_yaml(find_config(device, "device", relative_to=folder))
+    retrain = resolved.get("retrain")
+    if isinstance(retrain, dict) and isinstance(retrain.get("recipe"), str):
+        path = find_config(retrain["recipe"], "retrain", relative_to=folder)
+        resolved["retrain"] = {**retrain, "recipe": load_yaml(path)}
+    return build(CampaignConfig, resolved, where=where)
+
+
+def _plugin_keys(part: Any, where: str) -> Any:
+    """`{class: a.b:C, options: {...}}` -> the keys of PluginConfig."""
+    if not isinstance(part, dict) or "class" not in part:
+        return part
+    unknown = sorted(set(part) - {"class", "options"})
+    if unknown:
+        hint = did_you_mean(unknown[0], ["class", "options"]) or "; put it under options."
+        raise ConfigError(f"{where}: unknown key {unknown[0]!r} beside class{hint}")
+    plugin = {"name": "plugin", "class_path": part["class"]}
+    return {**plugin, "options": part["options"]} if "options" in part else plugin
+
+
+def config_to_plain(config: CampaignConfig) -> dict[str, Any]:
+    """Return plain values that `campaign_config` reads back as the same configuration."""
+    plain: dict[str, Any] = to_plain(config)
+    for key in ("controller", "evaluator", "device"):
+        part = plain[key]
+        if isinstance(part, dict) and part.get("name") == "plugin" and "class_path" in part:
+            plain[key] = {"class": part["class_path"], "options": part["options"]}
+    return plain
+
+
+def differences(ours: Any, theirs: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:
+    """Return (dotted key, our value, their value) for every leaf that differs."""
+    if isinstance(ours, dict) and isinstance(theirs, dict):
+        return [
+            difference
+            for key in dict.fromkeys((*ours, *theirs))
+            for difference in differences(
+                ours.get(key), theirs.get(key), f"{prefix}.{key}" if prefix else key
+            )
+        ]
+    return [] if ours == theirs else [(prefix, ours, theirs)]
+
+
+def may_change(key: str) -> bool:
+    """Whether a dotted key may differ when a campaign is resumed."""
+    return any(key == allowed or key.startswith(f"{allowed}.") for allowed in RESUMABLE)
+
+
+def load_class(class_path: str, *, base: type, where: str) -> Any:
+    """Return a user's class, importable from the current folder or the environment.
+
+    Raises:
+        ConfigError: It cannot be imported or is not a subclass of `base`.
+    """
+    module_name, _, attribute = class_path.partition(":")
+    folder = os.getcwd()
+    if folder not in sys.path:
+        sys.path.append(folder)
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ConfigError(
+            f"{where}: cannot import {module_name!r}: {type(error).__name__}: {error}."
+        ) from error
+    found = getattr(module, attribute, None)
+    if found is None:
+        names: Sequence[str] = [name for name in vars(module) if not name.startswith("_")]
+        hint = did_you_mean(attribute, names) or "."
+        raise ConfigError(f"{where}: {module_name!r} has no {attribute!r}{hint}")
+    if not (isinstance(found, type) and issubclass(found, base)):
+        raise ConfigError(
+            f"{where}: {class_path!r} must be a subclass of {base.__module__}.{base.__name__}."
+        )
+    return found

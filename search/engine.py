@@ -1,0 +1,166 @@
+"""Run a campaign from a configuration: search, hand-over, report. The Python API's front door.
+
+from pathlib import Path
+from search.config import load_campaign_config
+from search.engine import start
+
+config = load_campaign_config("digits", ["stop.trials=8"])
+outcome = start(config, Path("runs/mine"))
+print(outcome.stop_reason, outcome.winner)
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from search import campaign as folders
+from search.campaign import Campaign
+from search.config import CampaignConfig
+from search.finalists import HandOver, LineWatcher
+from search.loop import Search, Watcher
+from search.trial import Trial
+from space.records import record
+
+logger = logging.getLogger(__name__)
+
+
+class CampaignWatcher(Watcher, LineWatcher, Protocol):
+    """Is told of everything that happens in a campaign."""
+
+
+class Silent:
+    """A watcher that watches nothing."""
+
+    def phase(self, name: str, total: int) -> None:
+        """Ignore it."""
+
+    def advance(self) -> None:
+        """Ignore it."""
+
+    def trial(self, trial: Trial) -> None:
+        """Ignore it."""
+
+    def update(self, batch: int, diagnostics: Mapping[str, float]) -> None:
+        """Ignore it."""
+
+    def line(self, text: str) -> None:
+        """Ignore it."""
+
+
+@record
+class CampaignOutcome:
+    """How a campaign ended.
+
+    Attributes:
+        folder: Where everything is.
+        stop_reason: The sentence that says which stop rule held.
+        trials: Number of proposals.
+        completed: Number of networks trained.
+        target_ms: T.
+        best: The trial with the highest reward, if any.
+        winner: What is known of the network that was retrained, tested and exported.
+        report: The HTML report.
+    """
+
+    folder: str
+    stop_reason: str
+    trials: int
+    completed: int
+    target_ms: float
+    best: Trial | None
+    winner: dict[str, Any] | None
+    report: str
+
+
+def start(
+    config: CampaignConfig, folder: Path, watcher: CampaignWatcher | None = None
+) -> CampaignOutcome:
+    """Run a new campaign in a folder that is empty or does not exist.
+
+    Raises:
+        ConfigError: The folder or a part of the configuration does not work.
+        KeyboardInterrupt: Stopped; what is committed stays, `resume` goes on.
+    """
+    with folders.create(folder, config) as campaign:
+        return run(campaign, watcher or Silent())
+
+
+def resume(
+    folder: Path, overrides: Iterable[str] = (), watcher: CampaignWatcher | None = None
+) -> CampaignOutcome:
+    """Go on with a campaign, exactly where it stopped; a raised `stop.trials` extends it.
+
+    Raises:
+        ConfigError: No campaign there, it is in use, or an override may not change.
+        KeyboardInterrupt: As `start`.
+    """
+    with folders.open_to_write(folder, overrides) as campaign:
+        return run(campaign, watcher or Silent())
+
+
+def run(campaign: Campaign, watcher: CampaignWatcher) -> CampaignOutcome:
+    """Run an open campaign to its end: search, hand-over, report."""
+    from search.report import write_report
+
+    with _log_file(campaign.folder / "campaign.log"), _terminable():
+        logger.info("campaign %s in %s", campaign.config.name, campaign.folder)
+        search = Search(campaign, watcher)
+        stop_reason = search.run()
+        logger.info("search ended: %s", stop_reason)
+        winner = None
+        if campaign.config.retrain is not None:
+            winner = HandOver(campaign, search.objective, watcher).run()
+        report = campaign.folder / "report.html"
+        write_report(campaign.store, campaign.config, report)
+        best = campaign.store.trials(role="search", best=1)
+        counts = campaign.store.counts()
+        return CampaignOutcome(
+            folder=str(campaign.folder),
+            stop_reason=stop_reason,
+            trials=sum(counts.values()),
+            completed=counts.get("completed", 0),
+            target_ms=search.objective.target_ms,
+            best=best[0] if best else None,
+            winner=winner,
+            report=str(report),
+        )
+
+
+@contextmanager
+def _log_file(path: Path) -> Iterator[None]:
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    rooms = [logging.getLogger(room) for room in ("search", "latency", "controller", "space")]
+    for room in rooms:
+        room.addHandler(handler)
+        room.setLevel(logging.INFO)
+        room.propagate = False
+    try:
+        yield
+    finally:
+        for room in rooms:
+            room.removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends a campaign the way Ctrl-C does."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,172 @@
+"""Evaluator: a network -> its accuracy, in the process where it runs.
+
+The contract is small so that a user's own class fits it (`evaluator: {class: module:Name}`): the
+engine builds one Evaluator per worker process, calls `warm_up` once and `evaluate` for each trial;
+the process may be replaced at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from space.architecture import Architecture
+from space.cost import count
+from space.errors import TrialFailed
+from space.records import record
+
+if TYPE_CHECKING:
+    from search.config import EvaluatorChoice, SyntheticEvaluatorConfig, TrainEvaluatorConfig
+
+
+@record
+class Evaluation:
+    """What an evaluation gives.
+
+    Attributes:
+        accuracy: Fraction in [0, 1] on images held out from the training set.
+        metrics: Other figures, units in the names; `latency_ms` where the campaign has no device.
+        epochs: How long it was trained.
+    """
+
+    accuracy: float
+    metrics: dict[str, float]
+    epochs: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.accuracy <= 1:
+            raise ValueError(f"accuracy must be in [0, 1], but got {self.accuracy!r}")
+
+
+class Evaluator(ABC):
+    """Gives networks their accuracy; see the module."""
+
+    @property
+    @abstractmethod
+    def epochs(self) -> float:
+        """Fidelity of an evaluation: results are reused only at equal fidelity."""
+
+    @abstractmethod
+    def warm_up(self) -> None:
+        """Load what every evaluation needs (frameworks, data), before there is a trial."""
+
+    @abstractmethod
+    def evaluate(
+        self, architecture: Architecture, *, seed: int, time_limit_s: float
+    ) -> Evaluation:
+        """Return the network's accuracy.
+
+        Args:
+            architecture: The network.
+            seed: 0 to 2**32 - 1; the same seed gives the same result.
+            time_limit_s: The evaluation is killed a little after this; better to raise before.
+
+        Raises:
+            TrialFailed: There is none; the reason is recorded.
+        """
+
+
+class TrainEvaluator(Evaluator):
+    """Trains the network briefly with MindSpore and validates it."""
+
+    def __init__(self, config: TrainEvaluatorConfig, *, threads: int) -> None:
+        self._recipe = config.recipe
+        self._threads = threads
+
+    @property
+    def epochs(self) -> float:
+        """The recipe's epochs."""
+        return float(self._recipe.epochs)
+
+    def warm_up(self) -> None:
+        """Import MindSpore, which takes seconds, and read the data."""
+        from retrain.train import warm_up
+
+        warm_up(self._recipe, threads=self._threads)
+
+    def evaluate(
+        self, architecture: Architecture, *, seed: int, time_limit_s: float
+    ) -> Evaluation:
+        """Train with the recipe and return the validation accuracy."""
+        from retrain.train import train
+
+        result = train(
+            architecture,
+            self._recipe,
+            seed=seed,
+            threads=self._threads,
+            deadline=time.monotonic() + time_limit_s,
+        )
+        return Evaluation(
+            accuracy=result.accuracy,
+            metrics={"train_loss": result.losses[-1], "images_per_s": result.images_per_s},
+            epochs=self.epochs,
+        )
+
+
+class SyntheticEvaluator(Evaluator):
+    """A stand-in: accuracy and latency as fixed functions of the network; trains nothing.
+
+    Accuracy saturates with the multiply-adds and has a part that depends on the hash and one that
+    depends on the seed, as real short trainings have.
+    """
+
+    def __init__(self, config: SyntheticEvaluatorConfig) -> None:
+        self._seconds = config.seconds
+        self._fail_share = config.fail_share
+
+    @property
+    def epochs(self) -> float:
+        """Always 1."""
+        return 1.0
+
+    def warm_up(self) -> None:
+        """There is nothing to load."""
+
+    def evaluate(
+        self, architecture: Architecture, *, seed: int, time_limit_s: float
+    ) -> Evaluation:
+        """Return the made-up figures, after the time that the configuration asks for."""
+        if self._seconds > time_limit_s:
+            raise TrialFailed(f"time limit of {time_limit_s:g} s reached")
+        if self._seconds:
+            time.sleep(self._seconds)
+        unit = _hash_unit(architecture.hash)
+        if unit < self._fail_share:
+            raise TrialFailed("diverged: the synthetic evaluator was asked to fail this network")
+        macs = count(architecture).macs
+        noise = float(np.random.default_rng(seed).normal(0.0, 0.003))
+        accuracy = 0.9 * macs / (macs + 2e6) + 0.08 * _hash_unit(architecture.hash[::-1]) + noise
+        latency_ms = macs / 2e6 * (0.8 + 0.4 * unit) + 0.05
+        return Evaluation(
+            accuracy=float(np.clip(accuracy, 0.0, 1.0)),
+            metrics={"latency_ms": latency_ms},
+            epochs=self.epochs,
+        )
+
+
+def _hash_unit(text: str) -> float:
+    """A number in [0, 1) that depends on the text alone."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64
+
+
+def make_evaluator(config: EvaluatorChoice, *, threads: int) -> Evaluator:
+    """Return the evaluator that a configuration asks for.
+
+    Raises:
+        ConfigError: A user's class cannot be loaded.
+    """
+    from search import config as schema
+
+    if isinstance(config, schema.TrainEvaluatorConfig):
+        return TrainEvaluator(config, threads=threads)
+    if isinstance(config, schema.SyntheticEvaluatorConfig):
+        return SyntheticEvaluator(config)
+    made: Evaluator = schema.load_class(config.class_path, base=Evaluator, where="evaluator")(
+        config.options
+    )
+    return made

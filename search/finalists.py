@@ -1,0 +1,215 @@
+"""The hand-over: the best networks are fully retrained, one is named, tested once and exported.
+
+Each full training is a process of its own, `python -m retrain`, in a folder of its own below
+finalists/, so that it can be killed, resumed and repeated by hand. The winner is chosen on images
+held out from the training set; only then is the test set used, once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from search.campaign import Campaign, write_atomically
+from search.objective import Objective
+from search.pareto import best_networks
+from search.trial import Failure, Trial
+from space.errors import TrialFailed
+from space.records import dump_yaml
+
+logger = logging.getLogger(__name__)
+
+#: A command of the retrain room that says nothing for so long is taken to hang.
+SILENCE_LIMIT_S = 1800.0
+
+
+class LineWatcher(Protocol):
+    """Who is told what a training prints."""
+
+    def line(self, text: str) -> None:
+        """The process printed a line."""
+
+
+class HandOver:
+    """Retrains the best networks of a finished search.
+
+    Args:
+        campaign: Open for writing; its search is done.
+        objective: Ranks the retrained networks.
+        watcher: Is shown the trainings' progress.
+    """
+
+    def __init__(self, campaign: Campaign, objective: Objective, watcher: LineWatcher) -> None:
+        assert campaign.config.retrain is not None  # asked for by the caller
+        self._campaign = campaign
+        self._config = campaign.config.retrain
+        self._store = campaign.store
+        self._objective = objective
+        self._watcher = watcher
+
+    def run(self) -> dict[str, Any] | None:
+        """Retrain, choose, test and export; return what is known of the winner.
+
+        Returns:
+            None if no network has a reward or every training failed.
+        """
+        searched = self._store.trials(role="search")
+        finalists = [self._retrain(trial) for trial in best_networks(searched, self._config.top)]
+        ranked = best_networks(finalists, 1)
+        if not ranked:
+            return None
+        winner = self._winner(ranked[0])
+        self._store.set_meta("winner", winner)
+        return winner
+
+    def _retrain(self, trial: Trial) -> Trial:
+        """The finalist of a trial: as recorded, or trained now."""
+        known = {t.finalist_of: t for t in self._store.trials(role="finalist")}.get(trial.id)
+        if known is not None and known.outcome is not None:
+            return known
+        finalist = known or self._new_finalist(trial)
+        started = time.monotonic()
+        try:
+            result = self._train(finalist)
+        except TrialFailed as error:
+            failure = Failure(error.reason, error.cause, error.detail)
+            done = replace(finalist, outcome="failed", failure=failure)
+        else:
+            accuracy = float(result["validation_accuracy"])
+            reward, parts = self._objective.reward(accuracy, trial.metrics or {})
+            done = replace(
+                finalist, outcome="completed", accuracy=accuracy, reward=reward, parts=parts
+            )
+        done = replace(
+            done, finished_at=time.time(), timings={"train_s": time.monotonic() - started}
+        )
+        self._store.finish_trial(done)
+        return done
+
+    def _new_finalist(self, trial: Trial) -> Trial:
+        finalist = replace(
+            trial,
+            id=self._store.next_finalist_id(),
+            batch=-1,
+            role="finalist",
+            proposal_id=None,
+            finalist_of=trial.id,
+            epochs=float(self._config.recipe.epochs),
+            outcome=None,
+            reused_from=None,
+            accuracy=None,
+            reward=None,
+            parts=None,
+            timings=None,
+            failure=None,
+            created_at=time.time(),
+            finished_at=None,
+        )
+        self._store.add_trials([finalist])
+        return finalist
+
+    def folder(self, trial_id: int) -> Path:
+        """Where the full training of a search trial's network is."""
+        return self._campaign.folder / "finalists" / f"trial_{trial_id}"
+
+    def _train(self, finalist: Trial) -> dict[str, Any]:
+        assert finalist.finalist_of is not None  # set by _new_finalist
+        folder = self.folder(finalist.finalist_of)
+        folder.parent.mkdir(exist_ok=True)
+        recipe = folder.parent / f"trial_{finalist.finalist_of}.yaml"
+        write_atomically(recipe, dump_yaml(self._config.recipe))
+        threads = self._config.threads or os.cpu_count() or 1
+        command = [
+            "train", "--config", str(recipe), "--arch", finalist.architecture,
+            "--out", str(folder), "--seed", str(finalist.seed), "--threads", str(threads),
+            "--resume",
+        ]  # fmt: skip
+        self._run(command)
+        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
+        return result
+
+    def _winner(self, finalist: Trial) -> dict[str, Any]:
+        """Test once, export, and collect what a user needs."""
+        assert finalist.finalist_of is not None  # a finalist
+        folder = self.folder(finalist.finalist_of)
+        weights = folder / "model.safetensors"
+        export = self._campaign.folder / "export"
+        export.mkdir(exist_ok=True)
+        known = self._store.meta("winner")
+        if known is not None and known["trial"] == finalist.finalist_of:
+            return dict(known)
+        tested = self._last_json(
+            self._run(["validate", "--ckpt_path", str(weights), "--split", "test", "--json"])
+        )
+        exported = self._last_json(
+            self._run(
+                ["export", "--ckpt_path", str(weights), "--out", str(export / "model.onnx"),
+                 "--overwrite", "--json"]
+            )
+        )  # fmt: skip
+        write_atomically(export / "architecture.txt", finalist.architecture + "\n")
+        return {
+            "trial": finalist.finalist_of,
+            "architecture": finalist.architecture,
+            "architecture_hash": finalist.architecture_hash,
+            "latency_ms": finalist.latency_ms,
+            "validation_accuracy": finalist.accuracy,
+            "test_accuracy": tested["top1"],
+            "test_images": tested["images"],
+            "weights": str(weights.relative_to(self._campaign.folder)),
+            "onnx": "export/model.onnx",
+            "onnx_max_abs_difference": exported["max_abs_difference"],
+        }
+
+    def _last_json(self, lines: Sequence[str]) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads(lines[-1])
+        return value
+
+    def _run(self, arguments: Sequence[str]) -> list[str]:
+        """Run a command of the retrain room to its end and return the lines that it printed.
+
+        Raises:
+            TrialFailed: It ended with an error; the reason is its last line.
+        """
+        process = subprocess.Popen(
+            [sys.executable, "-m", "retrain", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, "MNAS_PARENT_PID": str(os.getpid()), "PYTHONUNBUFFERED": "1"},
+            # Its own session: Ctrl-C reaches the engine, which then ends it in order.
+            start_new_session=True,
+        )
+        lines: list[str] = []
+        try:
+            assert process.stdout is not None  # it is a pipe
+            for line in process.stdout:
+                text = line.rstrip()
+                if text:
+                    lines.append(text)
+                    self._watcher.line(text)
+            process.wait(timeout=60)
+        finally:
+            if process.poll() is None:
+                process.terminate()
+                try:
+                    process.wait(timeout=3)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
+        if process.returncode != 0:
+            reason = lines[-1] if lines else "it printed nothing"
+            raise TrialFailed(
+                f"retrain {arguments[0]} ended with status {process.returncode}: {reason}",
+                cause="infrastructure",
+                detail="\n".join(lines[-50:]),
+            )
+        return lines

@@ -1,0 +1,487 @@
+"""The synchronous search: a batch is proposed, measured, trained, and then learned from.
+
+    propose -> (a) -> measure -> train -> (b) each -> update -> (c) -> next batch
+
+Latency is measured in a phase of its own, while no child trains (on shared cores, training would
+distort it up to sixteenfold). With a deterministic evaluator the whole campaign depends on the
+configuration alone: killed anywhere and resumed, it gives the same rows as one never killed.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import numpy as np
+
+from controller.base import Controller, Proposal, Result, state_from_bytes, state_to_bytes
+from controller.registry import make_controller
+from latency.device import LatencyMeter, make_meter
+from latency.measurement import fingerprint
+from search.campaign import Campaign
+from search.config import CampaignConfig, PluginConfig, RayConfig, load_class
+from search.evaluation import make_evaluator
+from search.executor import Executor, Finished, Job, make_executor
+from search.objective import LATENCY, Objective
+from search.trial import Failure, Trial
+from space.architecture import Architecture, graph_hash
+from space.cost import count
+from space.errors import ConfigError, MeasurementError
+from space.mnasnet import adapt, find_architecture
+from space.search_space import SearchSpace, load_space
+
+logger = logging.getLogger(__name__)
+
+#: So many batches in a row of which 95 % only repeat earlier networks end the search.
+REPEATING_BATCHES = 5
+REPEATING_SHARE = 0.95
+
+
+class Watcher(Protocol):
+    """Who is told how the search goes: a progress bar, a log, nobody."""
+
+    def phase(self, name: str, total: int) -> None:
+        """A phase (measure, train, ...) of `total` steps begins."""
+
+    def advance(self) -> None:
+        """One step of the phase is done."""
+
+    def trial(self, trial: Trial) -> None:
+        """A trial has its result."""
+
+    def update(self, batch: int, diagnostics: Mapping[str, float]) -> None:
+        """The controller has learned from a batch."""
+
+
+class Parts:
+    """The objects that a configuration stands for, made once."""
+
+    def __init__(self, config: CampaignConfig) -> None:
+        self.config = config
+        self.space: SearchSpace = load_space(
+            config.space.name,
+            resolution=config.space.resolution,
+            classes=config.space.classes,
+            input_channels=config.space.input_channels,
+        )
+        self.meter: LatencyMeter | None = _make_meter(config)
+        self.epochs = make_evaluator(config.evaluator, threads=1).epochs
+
+    def controller(self, objective: Objective) -> Controller:
+        """Return the controller, new, with the campaign's first random stream."""
+        rng = np.random.default_rng(np.random.SeedSequence(self.config.seed, spawn_key=(0,)))
+        config = self.config.controller
+        if isinstance(config, PluginConfig):
+            cls = load_class(config.class_path, base=Controller, where="controller")
+            made: Controller = cls(config.options, self.space.num_choices, rng)
+            return made
+        return make_controller(
+            config,
+            self.space.num_choices,
+            rng,
+            score=objective.score,
+            metrics_of=self._metrics_of,
+        )
+
+    def _metrics_of(self, tokens: tuple[int, ...]) -> Mapping[str, float]:
+        cost = count(self.space.decode(tokens))
+        return {"macs": float(cost.macs), "parameters": float(cost.parameters)}
+
+
+def _make_meter(config: CampaignConfig) -> LatencyMeter | None:
+    if config.device is None:
+        return None
+    if isinstance(config.device, PluginConfig):
+        cls = load_class(config.device.class_path, base=LatencyMeter, where="device")
+        made: LatencyMeter = cls(config.device.options)
+        return made
+    return make_meter(config.device)
+
+
+def trial_seed(campaign_seed: int, trial_id: int) -> int:
+    """Return the seed of a trial's training, 0 to 2**32 - 1: independent of all others."""
+    sequence = np.random.SeedSequence(campaign_seed, spawn_key=(1, trial_id))
+    return int(sequence.generate_state(1)[0])
+
+
+class Search:
+    """Runs a campaign's search to its stop rule.
+
+    Args:
+        campaign: Open for writing.
+        watcher: Is told of every step.
+    """
+
+    def __init__(self, campaign: Campaign, watcher: Watcher) -> None:
+        self.campaign = campaign
+        self.config = campaign.config
+        self.store = campaign.store
+        self.watcher = watcher
+        self.parts = Parts(campaign.config)
+        self.objective = Objective(self.config.objective, self._target_ms())
+        self._originals = {
+            (trial.architecture_hash, trial.epochs): trial
+            for trial in reversed(self.store.trials(role="search"))
+            if _is_original(trial)
+        }
+        self._spent_s: float = self.store.meta("spent_s", 0.0)
+        self._started = time.monotonic()
+
+    def run(self) -> str:
+        """Search until a stop rule holds; return the sentence that says which.
+
+        Raises:
+            ConfigError: A part of the configuration turns out not to work.
+        """
+        controller = self._restore()
+        executor: Executor | None = None
+        try:
+            while True:
+                open_batch = self._open_batch()
+                reason = None if open_batch else self._stop_reason()
+                if reason is not None:
+                    self.store.set_meta("stop_reason", reason)
+                    return reason
+                trials = open_batch or self._propose(controller)
+                if executor is None and any(t.outcome is None for t in trials):
+                    executor = make_executor(self.config.executor, self.config.evaluator)
+                self._evaluate(trials, executor)
+                self._update(controller, trials[0].batch)
+        finally:
+            self._note_time()
+            if executor is not None:
+                executor.close()
+
+    # ------------------------------------------------------------------ the steps of a batch
+
+    def _propose(self, controller: Controller) -> list[Trial]:
+        """Transaction (a)."""
+        next_id, batch = self.store.next_ids()
+        left = self.config.stop.trials - self._proposed()
+        proposals = controller.propose(min(self.config.batch_size, left))
+        trials = [
+            self._new_trial(next_id + index, batch, proposal)
+            for index, proposal in enumerate(proposals)
+        ]
+        self.store.begin_batch(trials, state_to_bytes(controller.state_dict()))
+        return trials
+
+    def _new_trial(self, trial_id: int, batch: int, proposal: Proposal) -> Trial:
+        architecture = self.parts.space.decode(proposal.tokens)
+        return Trial(
+            id=trial_id,
+            batch=batch,
+            role="search",
+            proposal_id=proposal.id,
+            tokens=proposal.tokens,
+            log_prob=proposal.log_prob,
+            architecture=architecture.text,
+            architecture_hash=architecture.hash,
+            seed=trial_seed(self.config.seed, trial_id),
+            epochs=self.parts.epochs,
+            created_at=time.time(),
+        )
+
+    def _evaluate(self, trials: Sequence[Trial], executor: Executor | None) -> None:
+        """Give every trial of a batch its result: transaction (b) for each."""
+        open_trials = [trial for trial in trials if trial.outcome is None]
+        followers: list[Trial] = []
+        to_train: list[Trial] = []
+        leaders: set[str] = set()
+        for trial in open_trials:
+            if self._original(trial) or trial.architecture_hash in leaders:
+                followers.append(trial)
+            else:
+                leaders.add(trial.architecture_hash)
+                to_train.append(trial)
+        if to_train:
+            assert executor is not None  # made as soon as some trial is open
+            self._train(self._measure(to_train, executor), executor)
+        self.watcher.phase("reuse", len(followers))
+        for trial in followers:
+            original = self._original(trial)
+            if original is None:
+                # The one it waited for failed by the machine's fault: it does the work itself.
+                assert executor is not None  # its leader was open, too
+                self._train(self._measure([trial], executor), executor)
+            else:
+                self._reuse(trial, original)
+
+    def _measure(self, trials: Sequence[Trial], executor: Executor) -> list[Trial]:
+        """Return the trials to train: measured, if there is a device, and not rejected."""
+        meter = self.parts.meter
+        if meter is None:
+            return list(trials)
+        executor.quiesce()
+        self.watcher.phase("measure", len(trials))
+        kept = []
+        for trial in trials:
+            started = time.monotonic()
+            try:
+                measurement_id, metrics = self._measurement(meter, trial.network())
+            except MeasurementError as error:
+                failure = Failure(f"measuring failed: {error}", error.cause)
+                self._finish(replace(trial, outcome="failed", failure=failure))
+                continue
+            finally:
+                self.watcher.advance()
+            timings = {"measure_s": time.monotonic() - started}
+            trial = replace(
+                trial, metrics=metrics, measurement_ids=(measurement_id,), timings=timings
+            )
+            if self.objective.rejects(metrics):
+                limit = self.objective.reject_above_ms
+                failure = Failure(
+                    f"rejected before training: {metrics[LATENCY]:.4g} ms is above {limit:.4g} ms",
+                    "architecture",
+                )
+                self._finish(replace(trial, outcome="rejected", failure=failure))
+            else:
+                kept.append(trial)
+        return kept
+
+    def _measurement(
+        self, meter: LatencyMeter, architecture: Architecture
+    ) -> tuple[int, dict[str, float]]:
+        """A network's measurement from the cache or the device: its row's id and its metrics."""
+        found = self.store.find_measurement(
+            graph_hash(architecture), fingerprint(meter.identity())
+        )
+        if found is None:
+            measurement = meter.measure(architecture)
+            measurement_id = self.store.add_measurement(measurement)
+        else:
+            measurement_id, measurement = found
+        return measurement_id, {LATENCY: measurement.median_ms, **measurement.metrics}
+
+    def _train(self, trials: Sequence[Trial], executor: Executor) -> None:
+        if not trials:
+            return
+        self.watcher.phase("train", len(trials))
+        by_id = {trial.id: trial for trial in trials}
+        for trial in trials:
+            by_id[trial.id] = replace(trial, attempt=trial.attempt + 1)
+            self.store.start_attempt(trial.id, trial.attempt + 1)
+            executor.submit(Job(trial.id, trial.architecture, trial.seed))
+        while by_id:
+            for finished in executor.wait(timeout_s=1.0):
+                trial = by_id.pop(finished.job.trial_id)
+                self._finish(self._trained(trial, finished))
+                self.watcher.advance()
+
+    def _trained(self, trial: Trial, finished: Finished) -> Trial:
+        timings = {
+            **(trial.timings or {}),
+            "train_s": finished.seconds,
+            "wait_s": finished.waited_s,
+        }
+        trial = replace(trial, attempt=trial.attempt + finished.attempts - 1, timings=timings)
+        if finished.evaluation is None:
+            return replace(trial, outcome="failed", failure=finished.failure)
+        evaluation = finished.evaluation
+        metrics = {**(trial.metrics or {}), **evaluation.metrics}
+        if trial.measurement_ids:
+            # What the device measured is never overwritten by what an evaluator says.
+            metrics[LATENCY] = (trial.metrics or {})[LATENCY]
+        cost = count(trial.network())
+        metrics.update(macs=float(cost.macs), parameters=float(cost.parameters))
+        try:
+            reward, parts = self.objective.reward(evaluation.accuracy, metrics)
+        except ValueError as error:
+            return replace(
+                trial,
+                outcome="failed",
+                metrics=metrics,
+                failure=Failure(f"no reward: {error}", "infrastructure"),
+            )
+        return replace(
+            trial,
+            outcome="completed",
+            accuracy=evaluation.accuracy,
+            metrics=metrics,
+            reward=reward,
+            parts=parts,
+        )
+
+    def _reuse(self, trial: Trial, original: Trial) -> None:
+        """The result of an identical network at equal fidelity, said to be one."""
+        outcome = "reused" if original.outcome == "completed" else original.outcome
+        self._finish(
+            replace(
+                trial,
+                outcome=outcome,
+                reused_from=original.id,
+                accuracy=original.accuracy,
+                metrics=original.metrics,
+                measurement_ids=original.measurement_ids,
+                reward=original.reward,
+                parts=original.parts,
+                failure=original.failure,
+            )
+        )
+
+    def _finish(self, trial: Trial) -> None:
+        """Transaction (b)."""
+        trial = replace(trial, finished_at=time.time())
+        if not self.store.finish_trial(trial):
+            raise RuntimeError(f"trial {trial.id} already had a result: two writers?")
+        if _is_original(trial):
+            self._originals.setdefault((trial.architecture_hash, trial.epochs), trial)
+        if trial.failure is not None:
+            logger.warning("trial %d %s: %s", trial.id, trial.outcome, trial.failure.reason)
+            if trial.failure.detail:
+                logger.info("trial %d detail:\n%s", trial.id, trial.failure.detail)
+        self.watcher.trial(trial)
+
+    def _update(self, controller: Controller, batch: int) -> None:
+        """Transaction (c). The infrastructure's failures are withheld from the controller."""
+        trials = self.store.trials(batch=batch)
+        learned = [trial for trial in trials if not _is_infrastructure(trial)]
+        controller.update([_result(trial) for trial in learned])
+        diagnostics = controller.diagnostics()
+        self._note_time()
+        self.store.commit_update(batch, [trial.id for trial in learned], diagnostics)
+        self.watcher.update(batch, diagnostics)
+
+    # ------------------------------------------------------------------ resume and stop
+
+    def _restore(self) -> Controller:
+        """The controller as it was at the last commit, ready for the next step."""
+        controller = self.parts.controller(self.objective)
+        snapshot = self.store.snapshot()
+        if snapshot is None:
+            return controller
+        batch, state = snapshot
+        controller.load_state_dict(state_from_bytes(state))
+        if self.store.has_update(batch):
+            ids = {ids_batch: ids for ids_batch, ids, _ in self.store.updates()}[batch]
+            by_id = {trial.id: trial for trial in self.store.trials(batch=batch)}
+            controller.update([_result(by_id[trial_id]) for trial_id in ids])
+        return controller
+
+    def _open_batch(self) -> list[Trial]:
+        """The last batch, if the controller has not learned from it yet."""
+        snapshot = self.store.snapshot()
+        if snapshot is None or self.store.has_update(snapshot[0]):
+            return []
+        return self.store.trials(batch=snapshot[0])
+
+    def _original(self, trial: Trial) -> Trial | None:
+        return self._originals.get((trial.architecture_hash, trial.epochs))
+
+    def _proposed(self) -> int:
+        return sum(self.store.counts().values())
+
+    def _stop_reason(self) -> str | None:
+        stop, counts = self.config.stop, self.store.counts()
+        proposed = sum(counts.values())
+        if proposed >= stop.trials:
+            return f"all {proposed} trials are done"
+        trained = counts.get("completed", 0)
+        if stop.trained is not None and trained >= stop.trained:
+            return f"{trained} networks are trained"
+        if stop.hours is not None and self._spent() >= stop.hours * 3600:
+            return f"{stop.hours:g} hours are over"
+        return self._repeats_itself()
+
+    def _repeats_itself(self) -> str | None:
+        updates = self.store.updates()[-REPEATING_BATCHES:]
+        if len(updates) < REPEATING_BATCHES:
+            return None
+        recent = [t for batch, _, _ in updates for t in self.store.trials(batch=batch)]
+        repeated = sum(trial.reused_from is not None for trial in recent)
+        if repeated < REPEATING_SHARE * len(recent):
+            return None
+        return (
+            f"{repeated} of the last {len(recent)} trials only repeated earlier networks: the"
+            " controller has settled"
+        )
+
+    def _spent(self) -> float:
+        return self._spent_s + time.monotonic() - self._started
+
+    def _note_time(self) -> None:
+        self.store.set_meta("spent_s", self._spent())
+
+    # ------------------------------------------------------------------ the target
+
+    def _target_ms(self) -> float:
+        """T: as configured, or measured once at the campaign's start and kept."""
+        objective = self.config.objective
+        if objective.target_ms is not None:
+            self.store.set_meta("target_ms", objective.target_ms)
+            return objective.target_ms
+        known = self.store.meta("target_ms")
+        if known is not None:
+            return float(known)
+        assert objective.target is not None  # ObjectiveConfig demands one of the two
+        meter = self.parts.meter
+        if meter is None:
+            raise ConfigError(
+                "objective.target: a reference network needs a device to be measured on, but"
+                " device is null; give target_ms."
+            )
+        space = self.parts.space.config
+        reference = adapt(
+            find_architecture(objective.target.reference),
+            resolution=space.resolution,
+            classes=space.classes,
+            input_channels=space.input_channels,
+        )
+        try:
+            measurement_id, metrics = self._measurement(meter, reference)
+        except MeasurementError as error:
+            raise ConfigError(
+                f"objective.target: the reference network cannot be measured: {error}"
+            ) from error
+        target_ms = objective.target.times * metrics[LATENCY]
+        self.store.set_meta("target_measurement", measurement_id)
+        self.store.set_meta("target_ms", target_ms)
+        return target_ms
+
+
+def _is_infrastructure(trial: Trial) -> bool:
+    return trial.failure is not None and trial.failure.cause == "infrastructure"
+
+
+def _is_original(trial: Trial) -> bool:
+    """Whether later identical networks take this trial's result."""
+    done = trial.outcome is not None and trial.reused_from is None
+    return done and not _is_infrastructure(trial)
+
+
+def _result(trial: Trial) -> Result:
+    assert trial.proposal_id is not None  # search trials come from a controller
+    assert trial.outcome is not None  # a batch is learned from when all of it is done
+    return Result(
+        proposal=Proposal(trial.proposal_id, trial.tokens, trial.log_prob),
+        outcome=trial.outcome,
+        reward=trial.reward,
+        accuracy=trial.accuracy,
+        metrics=trial.metrics or {},
+        fidelity=trial.epochs,
+        reused=trial.reused_from is not None,
+        cause=trial.failure.cause if trial.failure else None,
+    )
+
+
+def describe(config: CampaignConfig, parts: Parts) -> list[tuple[str, str]]:
+    """Return (label, text) lines that say what a campaign is about to do."""
+    executor = config.executor
+    workers = "in this process"
+    if isinstance(executor, RayConfig):
+        workers = f"on {executor.workers or 'all'} Ray workers of {executor.threads} threads"
+    device = "none: the evaluator gives the latency"
+    if config.device is not None:
+        device = config.device.name
+    batches = f"in batches of {config.batch_size}" if config.batch_size > 1 else "one by one"
+    return [
+        ("space", f"{parts.space.name}: {parts.space.size:,} token vectors"),
+        ("controller", config.controller.name),
+        ("evaluator", f"{config.evaluator.name}, {parts.epochs:g} epochs, {workers}"),
+        ("device", device),
+        ("trials", f"{config.stop.trials} {batches}"),
+    ]

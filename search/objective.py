@@ -1,0 +1,134 @@
+"""Objective: accuracy and latency -> reward and its parts (MnasNet paper, equations 2 and 3).
+
+    reward(m) = ACC(m) * (LAT(m) / T) ** w,   w = alpha if LAT(m) <= T else beta
+
+`soft` (the paper's default) has alpha = beta = -0.07: doubling the latency must buy about 5 %
+relative accuracy. `hard` has alpha = 0, beta = -1: only accuracy counts below the target, and above
+it the reward falls as T / LAT.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search.trial import RewardParts
+from space.records import record
+
+#: name -> (alpha, beta)
+EXPONENTS: dict[str, tuple[float, float]] = {"soft": (-0.07, -0.07), "hard": (0.0, -1.0)}
+
+#: The metric that the target is about.
+LATENCY = "latency_ms"
+
+
+@record
+class TargetConfig:
+    """A target as a multiple of a reference network's latency on the campaign's device.
+
+    Attributes:
+        reference: A published network's name or an architecture's text.
+        times: The multiple.
+    """
+
+    reference: str
+    times: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.times <= 0:
+            raise ValueError(f"times must be > 0, but got {self.times!r}")
+
+
+@record
+class ObjectiveConfig:
+    """The rule that computes a reward; exactly one of `target_ms` and `target` is given.
+
+    Attributes:
+        name: `soft` or `hard`.
+        target_ms: T in milliseconds.
+        target: T as a multiple of a reference network's measured latency.
+        alpha: Exponent where the target is met; None takes the name's.
+        beta: Exponent elsewhere; None takes the name's.
+        reject_above: Networks slower than this multiple of T are rejected before training; None
+            trains them all, as the paper does.
+    """
+
+    name: Literal["soft", "hard"] = "soft"
+    target_ms: float | None = None
+    target: TargetConfig | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    reject_above: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.target_ms is None) == (self.target is None):
+            given = "neither" if self.target is None else "both"
+            raise ValueError(f"target_ms or target must be given, one of them, but got {given}")
+        if self.target_ms is not None and self.target_ms <= 0:
+            raise ValueError(f"target_ms must be > 0, but got {self.target_ms!r}")
+        for name in ("alpha", "beta"):
+            value = getattr(self, name)
+            if value is not None and value > 0:
+                raise ValueError(
+                    f"{name} must be <= 0, or slower networks would be rewarded, but got {value!r}"
+                )
+        if self.reject_above is not None and self.reject_above < 1:
+            raise ValueError(f"reject_above must be >= 1, but got {self.reject_above!r}")
+
+
+class Objective:
+    """The reward's rule with the target as a number.
+
+    Args:
+        config: The rule.
+        target_ms: T in milliseconds, > 0: given, or measured from the reference network.
+    """
+
+    def __init__(self, config: ObjectiveConfig, target_ms: float) -> None:
+        if not 0 < target_ms < float("inf"):
+            raise ValueError(f"target_ms must be finite and > 0, but got {target_ms!r}")
+        alpha, beta = EXPONENTS[config.name]
+        self.alpha = alpha if config.alpha is None else config.alpha
+        self.beta = beta if config.beta is None else config.beta
+        self.target_ms = target_ms
+        self.reject_above_ms = (
+            None if config.reject_above is None else config.reject_above * target_ms
+        )
+
+    def reward(self, accuracy: float, metrics: Mapping[str, float]) -> tuple[float, RewardParts]:
+        """Return the reward and its parts.
+
+        Args:
+            accuracy: Fraction in [0, 1].
+            metrics: Must hold `latency_ms` > 0.
+
+        Raises:
+            ValueError: The latency is missing, or a number is out of its range.
+        """
+        latency = metrics.get(LATENCY)
+        if latency is None or not 0 < latency < float("inf"):
+            raise ValueError(f"{LATENCY} must be finite and > 0, but got {latency!r}")
+        if not 0 <= accuracy <= 1:
+            raise ValueError(f"accuracy must be in [0, 1], but got {accuracy!r}")
+        ratio = latency / self.target_ms
+        exponent = self.alpha if ratio <= 1 else self.beta
+        factor = ratio**exponent
+        parts = RewardParts(accuracy, latency, self.target_ms, ratio, exponent, factor)
+        return accuracy * factor, parts
+
+    def score(
+        self, accuracy: NDArray[np.float64], metrics: Mapping[str, NDArray[np.float64]]
+    ) -> NDArray[np.float64]:
+        """Return the rewards of many networks: the same formula on float64 arrays (n,)."""
+        ratio = metrics[LATENCY] / self.target_ms
+        rewards: NDArray[np.float64] = accuracy * ratio ** np.where(
+            ratio <= 1, self.alpha, self.beta
+        )
+        return rewards
+
+    def rejects(self, metrics: Mapping[str, float]) -> bool:
+        """Whether a network is too slow to be trained at all."""
+        return self.reject_above_ms is not None and metrics[LATENCY] > self.reject_above_ms

@@ -1,0 +1,393 @@
+"""campaign.db: the one truth of a campaign, written in three transactions.
+
+    begin_batch     (a) a batch's proposals with their seeds and the controller's state, before
+                        anything is submitted
+    finish_trial    (b) each result as it ends, together with nothing else
+    commit_update   (c) a marker that names the results the controller learned from, in order
+
+Resume = the state of the last (a) + the update of a marked batch that came after it + evaluation
+of proposals without a result. One process writes (search/campaign.py holds the lock); readers open
+the file read-only and keep their transactions short.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from latency.measurement import Measurement
+from search.trial import Trial
+from space.errors import ConfigError
+from space.records import build, to_plain
+
+SCHEMA_VERSION = 1
+
+_SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE trial (
+    id INTEGER PRIMARY KEY,
+    batch INTEGER NOT NULL,
+    role TEXT NOT NULL,
+    proposal_id INTEGER,
+    tokens TEXT NOT NULL,
+    log_prob REAL NOT NULL,
+    architecture TEXT NOT NULL,
+    architecture_hash TEXT NOT NULL,
+    seed INTEGER NOT NULL,
+    epochs REAL NOT NULL,
+    outcome TEXT,
+    attempt INTEGER NOT NULL,
+    reused_from INTEGER REFERENCES trial (id),
+    accuracy REAL,
+    metrics TEXT,
+    reward REAL,
+    parts TEXT,
+    measurement_ids TEXT NOT NULL,
+    timings TEXT,
+    failure TEXT,
+    created_at REAL NOT NULL,
+    finished_at REAL,
+    finalist_of INTEGER REFERENCES trial (id)
+);
+CREATE INDEX trial_batch ON trial (batch);
+CREATE INDEX trial_hash ON trial (architecture_hash);
+CREATE INDEX trial_reward ON trial (reward) WHERE reward IS NOT NULL;
+CREATE TABLE measurement (
+    id INTEGER PRIMARY KEY,
+    graph_hash TEXT NOT NULL,
+    device_fingerprint TEXT NOT NULL,
+    verdict TEXT NOT NULL,
+    median_ms REAL NOT NULL,
+    iqr_ms REAL NOT NULL,
+    payload TEXT NOT NULL,
+    created_at REAL NOT NULL
+);
+CREATE INDEX measurement_key ON measurement (graph_hash, device_fingerprint);
+CREATE TABLE batch_update (
+    batch INTEGER PRIMARY KEY,
+    trial_ids TEXT NOT NULL,
+    diagnostics TEXT NOT NULL,
+    created_at REAL NOT NULL
+);
+CREATE TABLE snapshot (
+    batch INTEGER PRIMARY KEY,
+    controller_state BLOB NOT NULL
+);
+CREATE TABLE event (
+    id INTEGER PRIMARY KEY,
+    created_at REAL NOT NULL,
+    kind TEXT NOT NULL,
+    message TEXT NOT NULL
+);
+"""
+
+_COLUMNS = (
+    "id", "batch", "role", "proposal_id", "tokens", "log_prob", "architecture",
+    "architecture_hash", "seed", "epochs", "outcome", "attempt", "reused_from", "accuracy",
+    "metrics", "reward", "parts", "measurement_ids", "timings", "failure", "created_at",
+    "finished_at", "finalist_of",
+)  # fmt: skip
+_JSON_COLUMNS = frozenset({"tokens", "metrics", "parts", "measurement_ids", "timings", "failure"})
+_NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs"})
+
+
+class Store:
+    """A campaign's database.
+
+    Args:
+        path: campaign.db.
+        read_only: Readers never write and never wait for the writer.
+
+    Raises:
+        ConfigError: The file is no campaign database, or a newer engine's.
+    """
+
+    def __init__(self, path: Path, *, read_only: bool) -> None:
+        self.path = path
+        if read_only and not path.is_file():
+            raise ConfigError(f"{path}: no such file; {path.parent} holds no campaign.")
+        mode = "ro" if read_only else "rwc"
+        self._db = sqlite3.connect(
+            f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=30, isolation_level=None
+        )
+        try:
+            self._prepare(read_only=read_only)
+        except sqlite3.DatabaseError as error:
+            self._db.close()
+            if isinstance(error, sqlite3.OperationalError):
+                raise
+            raise ConfigError(f"{path}: is not a campaign database: {error}.") from None
+        except ConfigError:
+            self._db.close()
+            raise
+
+    def _prepare(self, *, read_only: bool) -> None:
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version > SCHEMA_VERSION:
+            raise ConfigError(
+                f"{self.path}: was written by a newer engine (schema {version}, this one reads"
+                f" {SCHEMA_VERSION}); update the engine."
+            )
+        if read_only:
+            if version == 0:
+                raise ConfigError(f"{self.path}: is not a campaign database.")
+            return
+        journal = "TRUNCATE" if _on_network_file_system(self.path) else "WAL"
+        self._db.execute(f"PRAGMA journal_mode = {journal}")
+        self._db.execute("PRAGMA synchronous = NORMAL" if journal == "WAL" else
+                         "PRAGMA synchronous = FULL")  # fmt: skip
+        self._db.execute("PRAGMA foreign_keys = ON")
+        if version == 0:
+            if self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+                raise ConfigError(f"{self.path}: is a database, but not a campaign's.")
+            self._db.executescript(
+                f"BEGIN;{_SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;"
+            )
+
+    def close(self) -> None:
+        """Close the file; the write-ahead log is folded in."""
+        self._db.close()
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            # A full disk can end the transaction by itself.
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
+
+    # ------------------------------------------------------------------ the transactions
+
+    def begin_batch(self, trials: Sequence[Trial], controller_state: bytes) -> None:
+        """(a) Record a batch's proposals and the controller's state after it proposed them."""
+        with self._transaction():
+            self._insert(trials)
+            self._db.execute("DELETE FROM snapshot WHERE batch < ?", (trials[0].batch,))
+            self._db.execute(
+                "INSERT INTO snapshot (batch, controller_state) VALUES (?, ?)",
+                (trials[0].batch, controller_state),
+            )
+
+    def add_trials(self, trials: Sequence[Trial]) -> None:
+        """Record trials that no controller proposed (finalists), before they are submitted."""
+        with self._transaction():
+            self._insert(trials)
+
+    def start_attempt(self, trial_id: int, attempt: int) -> None:
+        """Count an attempt, so that a trial which kills the engine is not tried for ever."""
+        self._db.execute(
+            "UPDATE trial SET attempt = ? WHERE id = ? AND outcome IS NULL", (attempt, trial_id)
+        )
+
+    def finish_trial(self, trial: Trial) -> bool:
+        """(b) Record a result; exactly once: False if the trial already had one."""
+        changes = [name for name in _COLUMNS if name != "id"]
+        sets = ", ".join(f"{name} = ?" for name in changes)
+        row = _row(trial)
+        with self._transaction():
+            cursor = self._db.execute(
+                f"UPDATE trial SET {sets} WHERE id = ? AND outcome IS NULL",
+                [*(row[name] for name in changes), trial.id],
+            )
+        return cursor.rowcount == 1
+
+    def commit_update(
+        self, batch: int, trial_ids: Sequence[int], diagnostics: dict[str, float]
+    ) -> None:
+        """(c) Record that the controller learned from these results, in this order."""
+        self._db.execute(
+            "INSERT INTO batch_update (batch, trial_ids, diagnostics, created_at)"
+            " VALUES (?, ?, ?, ?)",
+            (batch, json.dumps(list(trial_ids)), json.dumps(diagnostics), time.time()),
+        )
+
+    # ------------------------------------------------------------------ the rest
+
+    def add_measurement(self, measurement: Measurement) -> int:
+        """Record a measurement and return its id."""
+        cursor = self._db.execute(
+            "INSERT INTO measurement (graph_hash, device_fingerprint, verdict, median_ms, iqr_ms,"
+            " payload, created_at) VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (
+                measurement.graph_hash,
+                measurement.device_fingerprint,
+                measurement.verdict,
+                measurement.median_ms,
+                measurement.iqr_ms,
+                json.dumps(to_plain(measurement)),
+                time.time(),
+            ),
+        )
+        assert cursor.lastrowid is not None
+        return cursor.lastrowid
+
+    def find_measurement(
+        self, graph_hash: str, device_fingerprint: str
+    ) -> tuple[int, Measurement] | None:
+        """Return the newest good measurement of a graph on a device; noisy ones don't count."""
+        row = self._db.execute(
+            "SELECT id, payload FROM measurement WHERE graph_hash = ? AND device_fingerprint = ?"
+            " AND verdict = 'ok' ORDER BY id DESC LIMIT 1",
+            (graph_hash, device_fingerprint),
+        ).fetchone()
+        return None if row is None else (row[0], _measurement(row[1]))
+
+    def measurement(self, measurement_id: int) -> Measurement:
+        """Return a measurement by id."""
+        row = self._db.execute(
+            "SELECT payload FROM measurement WHERE id = ?", (measurement_id,)
+        ).fetchone()
+        if row is None:
+            raise ValueError(f"measurement_id must be in the database, but got {measurement_id}")
+        return _measurement(row[0])
+
+    def measurement_verdicts(self) -> dict[int, tuple[str, float, float]]:
+        """Return id -> (verdict, median_ms, iqr_ms) of all measurements."""
+        rows = self._db.execute("SELECT id, verdict, median_ms, iqr_ms FROM measurement")
+        return {row[0]: (row[1], row[2], row[3]) for row in rows}
+
+    def set_meta(self, key: str, value: Any) -> None:
+        """Record a JSON value under a key."""
+        self._db.execute(
+            "INSERT INTO meta (key, value) VALUES (?, ?)"
+            " ON CONFLICT (key) DO UPDATE SET value = excluded.value",
+            (key, json.dumps(value)),
+        )
+
+    def meta(self, key: str, default: Any = None) -> Any:
+        """Return the JSON value under a key."""
+        row = self._db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+        return default if row is None else json.loads(row[0])
+
+    def add_event(self, kind: str, message: str) -> None:
+        """Record something that a reader of the campaign should know (a changed setting)."""
+        self._db.execute(
+            "INSERT INTO event (created_at, kind, message) VALUES (?, ?, ?)",
+            (time.time(), kind, message),
+        )
+
+    def events(self) -> list[tuple[float, str, str]]:
+        """Return (seconds since the epoch, kind, message), oldest first."""
+        return list(self._db.execute("SELECT created_at, kind, message FROM event ORDER BY id"))
+
+    def snapshot(self) -> tuple[int, bytes] | None:
+        """Return the last (batch, controller state after it proposed that batch)."""
+        row = self._db.execute(
+            "SELECT batch, controller_state FROM snapshot ORDER BY batch DESC LIMIT 1"
+        ).fetchone()
+        return None if row is None else (row[0], row[1])
+
+    def updates(self) -> list[tuple[int, list[int], dict[str, float]]]:
+        """Return (batch, trial ids, diagnostics) of every update, in order."""
+        rows = self._db.execute(
+            "SELECT batch, trial_ids, diagnostics FROM batch_update ORDER BY batch"
+        )
+        return [(row[0], json.loads(row[1]), json.loads(row[2])) for row in rows]
+
+    def has_update(self, batch: int) -> bool:
+        """Whether the controller has learned from a batch."""
+        row = self._db.execute("SELECT 1 FROM batch_update WHERE batch = ?", (batch,)).fetchone()
+        return row is not None
+
+    def trials(
+        self, *, batch: int | None = None, role: str | None = None, best: int | None = None
+    ) -> list[Trial]:
+        """Return trials in order of id, or the `best` by reward (best first).
+
+        Args:
+            batch: Only this batch's.
+            role: Only this role's.
+            best: Only so many, those with the highest reward.
+        """
+        conditions, values = ["1"], []
+        for name, value in (("batch", batch), ("role", role)):
+            if value is not None:
+                conditions.append(f"{name} = ?")
+                values.append(value)
+        order = "id"
+        if best is not None:
+            conditions.append("reward IS NOT NULL")
+            order = f"reward DESC, id LIMIT {int(best)}"
+        rows = self._db.execute(
+            f"SELECT {', '.join(_COLUMNS)} FROM trial WHERE {' AND '.join(conditions)}"
+            f" ORDER BY {order}",
+            values,
+        )
+        return [_trial(row) for row in rows]
+
+    def trial(self, trial_id: int) -> Trial | None:
+        """Return one trial, or None."""
+        rows = self._db.execute(
+            f"SELECT {', '.join(_COLUMNS)} FROM trial WHERE id = ?", (trial_id,)
+        ).fetchall()
+        return _trial(rows[0]) if rows else None
+
+    def counts(self) -> dict[str, int]:
+        """Return outcome -> number of search trials; `pending` for those without a result."""
+        rows = self._db.execute(
+            "SELECT coalesce(outcome, 'pending'), count(*) FROM trial WHERE role = 'search'"
+            " GROUP BY 1"
+        )
+        return dict(rows.fetchall())
+
+    def next_ids(self) -> tuple[int, int]:
+        """Return the next free (trial id, batch index) of the search."""
+        row = self._db.execute(
+            "SELECT coalesce(max(id), -1) + 1, coalesce(max(batch), -1) + 1 FROM trial"
+            " WHERE role = 'search'"
+        ).fetchone()
+        return row[0], row[1]
+
+    def next_finalist_id(self) -> int:
+        """Return the next free id of a finalist; they count down from -1."""
+        row = self._db.execute("SELECT min(0, coalesce(min(id), 0)) - 1 FROM trial").fetchone()
+        return int(row[0])
+
+    def _insert(self, trials: Sequence[Trial]) -> None:
+        marks = ", ".join("?" * len(_COLUMNS))
+        self._db.executemany(
+            f"INSERT INTO trial ({', '.join(_COLUMNS)}) VALUES ({marks})",
+            [list(_row(trial).values()) for trial in trials],
+        )
+
+
+def _row(trial: Trial) -> dict[str, Any]:
+    plain = to_plain(trial)
+    return {
+        name: json.dumps(plain[name])
+        if name in _JSON_COLUMNS and plain[name] is not None
+        else plain[name]
+        for name in _COLUMNS
+    }
+
+
+def _trial(row: Sequence[Any]) -> Trial:
+    values = {
+        name: json.loads(value) if name in _JSON_COLUMNS and value is not None else value
+        for name, value in zip(_COLUMNS, row, strict=True)
+    }
+    return build(Trial, values, where="campaign.db: trial")
+
+
+def _measurement(payload: str) -> Measurement:
+    return build(Measurement, json.loads(payload), where="campaign.db: measurement")
+
+
+def _on_network_file_system(path: Path) -> bool:
+    """Whether SQLite's write-ahead log, which needs shared memory, must be avoided."""
+    mounts = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
+    for folder in (path.absolute(), *path.absolute().parents):
+        if str(folder) in mounts:
+            return mounts[str(folder)] in _NETWORK_FILE_SYSTEMS
+    return False

@@ -1,0 +1,146 @@
+"""What the command line says of trials and campaigns: plain JSON objects, tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from search.campaign import is_running
+from search.config import CampaignConfig
+from search.progress import format_duration
+from search.store import Store
+from search.trial import Trial
+from space.records import to_plain
+
+
+def trial_summary(trial: Trial) -> dict[str, Any]:
+    """Return a trial as plain JSON values: field names with units.
+
+    Keys: trial, role, outcome, reward, accuracy, latency_ms, parameters, macs, epochs, seed,
+    reused_from, finalist_of, failure (a sentence or null), architecture, architecture_hash,
+    tokens, parts, metrics.
+    """
+    metrics = trial.metrics or {}
+    return {
+        "trial": trial.id,
+        "role": trial.role,
+        "outcome": trial.outcome,
+        "reward": trial.reward,
+        "accuracy": trial.accuracy,
+        "latency_ms": trial.latency_ms,
+        "parameters": _whole(metrics.get("parameters")),
+        "macs": _whole(metrics.get("macs")),
+        "epochs": trial.epochs,
+        "seed": trial.seed,
+        "reused_from": trial.reused_from,
+        "finalist_of": trial.finalist_of,
+        "failure": trial.failure.reason if trial.failure else None,
+        "architecture": trial.architecture,
+        "architecture_hash": trial.architecture_hash,
+        "tokens": list(trial.tokens),
+        "parts": to_plain(trial.parts),
+        "metrics": metrics,
+    }
+
+
+def _whole(value: float | None) -> int | None:
+    return None if value is None else round(value)
+
+
+def campaign_summary(folder: Path, store: Store, config: CampaignConfig) -> dict[str, Any]:
+    """Return a campaign's state as plain JSON values.
+
+    Keys: folder, name, state (`running`, `stopped` or `finished`), trials, trials_total, pending
+    and one count per outcome, target_ms, best (see `trial_summary`) or null, entropy (nats) or
+    null, spent_s, stop_reason, winner or null.
+    """
+    counts = store.counts()
+    best = store.trials(role="search", best=1)
+    updates = store.updates()
+    reason = store.meta("stop_reason")
+    proposed = sum(counts.values())
+    finished = reason is not None and proposed >= config.stop.trials
+    state = "running" if is_running(folder) else "finished" if finished else "stopped"
+    outcomes = ("completed", "reused", "stopped", "rejected", "failed", "pending")
+    return {
+        "folder": str(folder),
+        "name": config.name,
+        "state": state,
+        "trials": proposed,
+        "trials_total": config.stop.trials,
+        **{f"trials_{outcome}": counts.get(outcome, 0) for outcome in outcomes},
+        "target_ms": store.meta("target_ms"),
+        "best": trial_summary(best[0]) if best else None,
+        "entropy": updates[-1][2].get("entropy") if updates else None,
+        "spent_s": store.meta("spent_s", 0.0),
+        "stop_reason": reason,
+        "winner": store.meta("winner"),
+    }
+
+
+def trial_table(trials: Sequence[Trial], title: str) -> Table:
+    """Return trials as a table; counts are printed in full."""
+    table = Table(title=title, title_justify="left")
+    for name in ("trial", "reward", "accuracy", "latency ms", "parameters", "multiply-adds"):
+        table.add_column(name, justify="right")
+    table.add_column("architecture", overflow="fold")
+    for trial in trials:
+        row = trial_summary(trial)
+        table.add_row(
+            str(trial.id),
+            _figure(trial.reward, ".4f"),
+            _figure(trial.accuracy, ".4f"),
+            _figure(trial.latency_ms, ".3f"),
+            _figure(row["parameters"], ","),
+            _figure(row["macs"], ","),
+            trial.architecture,
+        )
+    return table
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def campaign_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
+    """Return (label, text) lines of a `campaign_summary`."""
+    lines = [
+        ("campaign", f"{summary['name']} in {summary['folder']}: {summary['state']}"),
+        ("trials", f"{summary['trials']:,} of {summary['trials_total']:,}"),
+        (
+            "outcomes",
+            ", ".join(
+                f"{summary[key]:,} {key.removeprefix('trials_')}"
+                for key in summary
+                if key.startswith("trials_") and key != "trials_total" and summary[key]
+            )
+            or "none yet",
+        ),
+        ("time", format_duration(summary["spent_s"])),
+    ]
+    if summary["target_ms"] is not None:
+        lines.append(("target", f"{summary['target_ms']:.4g} ms"))
+    best = summary["best"]
+    if best is not None:
+        lines.append(
+            (
+                "best",
+                f"trial {best['trial']}: reward {best['reward']:.4f}, accuracy"
+                f" {best['accuracy']:.4f}, {best['latency_ms']:.3f} ms",
+            )
+        )
+    if summary["stop_reason"]:
+        lines.append(("ended", summary["stop_reason"]))
+    winner = summary["winner"]
+    if winner is not None:
+        lines.append(
+            (
+                "winner",
+                f"trial {winner['trial']}: test accuracy {winner['test_accuracy']:.4f} on"
+                f" {winner['test_images']:,} images, {winner['latency_ms']:.3f} ms",
+            )
+        )
+    return lines
