@@ -5,7 +5,7 @@ one thread:
 
     proposals = controller.propose(n)      # n tokens to evaluate; may advance the controller's RNG
     controller.update(results)             # one Result per proposal, in the order proposed
-    controller.observe(results)            # trials that it did not propose (a baseline, a warm start)
+    controller.observe(results)            # trials that it did not propose, e.g. a baseline
 
 `state_dict` holds everything that the next proposal depends on, the RNG included: after
 `load_state_dict` in a new process the same calls give the same values, bit for bit.
@@ -104,7 +104,7 @@ class Controller(ABC):
 
     @abstractmethod
     def diagnostics(self) -> dict[str, float]:
-        """Return what the last update showed, for people: e.g. `entropy` (nats, mean per decision)."""
+        """Return what the last update showed, e.g. `entropy` (nats, mean per decision)."""
 
     @abstractmethod
     def state_dict(self) -> State:

@@ -1,4 +1,4 @@
-"""Device and Measurement: what was timed, where, and the raw samples everything is derived from."""
+"""Measurement: what was timed, where, and the raw samples that every figure is derived from."""
 
 from __future__ import annotations
 
@@ -103,3 +103,38 @@ def median_interval(samples: NDArray[np.float64], z: float = 1.96) -> tuple[floa
     low = int(np.clip(np.floor(n / 2 - half), 0, n - 1))
     high = int(np.clip(np.ceil(n / 2 + half), 0, n - 1))
     return float(ordered[low]), float(ordered[high])
+
+
+def summary(measurement: Measurement) -> dict[str, Any]:
+    """Return a measurement's figures as JSON values, for tables and `--json`.
+
+    Keys: median_ms, median_low_ms and median_high_ms (95 % interval), mean_ms, min_ms, iqr_ms,
+    spread (IQR / median), p90_ms, p99_ms, samples, inner_iterations, warmup_runs, attempts,
+    verdict, device (configuration and identity), device_fingerprint, graph_hash, environment,
+    metrics.
+    """
+    low_ms, high_ms = measurement.median_interval_ms
+    figures: dict[str, Any] = to_plain(
+        {
+            "median_ms": measurement.median_ms,
+            "median_low_ms": low_ms,
+            "median_high_ms": high_ms,
+            "mean_ms": float(np.mean(measurement.samples_ms)),
+            "min_ms": min(measurement.samples_ms),
+            "iqr_ms": measurement.iqr_ms,
+            "spread": measurement.spread,
+            "p90_ms": measurement.percentile_ms(90),
+            "p99_ms": measurement.percentile_ms(99),
+            "samples": len(measurement.samples_ms),
+            "inner_iterations": measurement.inner_iterations,
+            "warmup_runs": measurement.warmup_runs,
+            "attempts": measurement.attempts,
+            "verdict": measurement.verdict,
+            "device": measurement.device,
+            "device_fingerprint": measurement.device_fingerprint,
+            "graph_hash": measurement.graph_hash,
+            "environment": measurement.environment,
+            "metrics": measurement.metrics,
+        }
+    )
+    return figures

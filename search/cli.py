@@ -26,8 +26,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-cli_parts.register(app)
-
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on one line.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to replace.")
@@ -215,3 +213,6 @@ def report_command(
         print_json({"report": str(path)})
     else:
         print(f"report     {path}")
+
+
+cli_parts.register(app)

@@ -298,3 +298,149 @@ def check_plugin(
             print(f"{mark}  {result.name}" + (f": {result.message}" if result.message else ""))
     if not all(result.passed for result in results):
         raise typer.Exit(1)
+
+
+# ---------------------------------------------------------------------------- retrain
+
+DataDir = Annotated[
+    Path | None, typer.Option("--data_dir", "--data-dir", help="The data set's folder.")
+]
+Weights = Annotated[
+    Path, typer.Option("--ckpt_path", "--ckpt-path", help="Weights (.safetensors).")
+]
+
+
+def retrain(
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe settings.")
+    ] = None,
+    config: Annotated[
+        str | None, typer.Option("--config", "-c", help="A recipe: a file or a shipped name.")
+    ] = None,
+    arch: Annotated[
+        str | None, typer.Option(help="A published name, a text form, or DIR:TRIAL.")
+    ] = None,
+    data_dir: DataDir = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The result's folder.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and masks.")] = 0,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [all].")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the one in --out.")] = False,
+    campaign: Annotated[
+        Path | None, typer.Option(help="Hand over this campaign's best networks instead.")
+    ] = None,
+    top: Annotated[int | None, typer.Option(min=1, help="How many of them.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train a network fully with a recipe, or a campaign's best networks with the campaign's."""
+    if campaign is not None:
+        _hand_over(campaign, top, as_json=as_json)
+        return
+    if config is None or arch is None:
+        raise ConfigError("retrain: needs --config and --arch, or --campaign DIR.")
+    from retrain.commands import train_command
+
+    result = train_command(
+        config=config,
+        architecture=find_network(arch),
+        overrides=overrides or [],
+        data_dir=data_dir,
+        out=out,
+        seed=seed,
+        threads=threads,
+        resume=resume,
+    )
+    _print_record(result, as_json=as_json)
+
+
+def _hand_over(folder: Path, top: int | None, *, as_json: bool) -> None:
+    from rich.console import Console
+
+    from search.campaign import open_to_write
+    from search.finalists import hand_over
+    from search.progress import Progress
+
+    with open_to_write(folder) as campaign:
+        with Progress(Console(stderr=True), 0, 0, None) as progress:
+            winner = hand_over(campaign, progress, top=top)
+    if winner is None:
+        raise ConfigError(f"{folder}: no network was retrained; campaign.log says why.")
+    if as_json:
+        print_json(winner)
+    else:
+        _print_lines(Console(), [(key, str(value)) for key, value in winner.items()])
+
+
+def validate(
+    ckpt_path: Weights,
+    data_dir: DataDir = None,
+    split: Annotated[str, typer.Option(help="validation or test.")] = "test",
+    as_json: Json = False,
+) -> None:
+    """Evaluate trained weights on a data set's images."""
+    from retrain.commands import validate_command
+
+    _print_record(
+        validate_command(ckpt_path=ckpt_path, data_dir=data_dir, split=split), as_json=as_json
+    )
+
+
+def export(
+    folder: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="A campaign's folder.")
+    ] = None,
+    trial: Annotated[
+        int | None, typer.Option("--trial", help="Of which trial [the winner].")
+    ] = None,
+    ckpt_path: Annotated[
+        Path | None,
+        typer.Option("--ckpt_path", "--ckpt-path", help="Weights, in place of DIR."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The ONNX file.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a trained network as ONNX, checked numerically against MindSpore."""
+    from retrain.commands import export_command
+
+    if (folder is None) == (ckpt_path is None):
+        raise ConfigError("export: needs a campaign's DIR or --ckpt_path, one of them.")
+    name = "model.onnx"
+    if folder is not None:
+        trial = _winner(folder) if trial is None else trial
+        ckpt_path, name = _trained_weights(folder, trial), f"trial_{trial}.onnx"
+    assert ckpt_path is not None  # one of the two is given
+    target = out or (ckpt_path.parent if folder is None else folder / "export") / name
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _print_record(export_command(ckpt_path=ckpt_path, out=target, overwrite=True), as_json=as_json)
+
+
+def _winner(folder: Path) -> int:
+    from search.campaign import open_to_read
+
+    winner = open_to_read(folder).meta("winner")
+    if winner is None:
+        raise ConfigError(f"{folder}: has no winner yet; give --trial.")
+    return int(winner["trial"])
+
+
+def _trained_weights(folder: Path, trial: int) -> Path:
+    campaign_trial(folder, str(trial))
+    weights = folder / "finalists" / f"trial_{trial}" / "model.safetensors"
+    if not weights.exists():
+        raise ConfigError(
+            f"{folder}: trial {trial} has no trained weights; train its network with"
+            f" `mnas retrain --config RECIPE --arch {folder}:{trial} --out"
+            f" {weights.parent}`."
+        )
+    return weights
+
+
+def _print_record(record: Any, *, as_json: bool) -> None:
+    from space.records import to_plain
+
+    plain = to_plain(record)
+    if as_json:
+        print_json(plain)
+        return
+    from rich.console import Console
+
+    _print_lines(Console(), [(key, str(value)) for key, value in plain.items()])

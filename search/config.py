@@ -13,9 +13,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
-from controller.registry import BuiltInControllerConfig
+from controller.registry import ControllerConfig
 from latency.device import DeviceConfig
 from retrain.config import Recipe
 from search.objective import ObjectiveConfig
@@ -178,7 +178,17 @@ class RetrainConfig:
             raise ValueError(f"threads must be >= 1, but got {self.threads}")
 
 
-ControllerChoice = Annotated[BuiltInControllerConfig | PluginConfig, Field(discriminator="name")]
+def _device_kind(values: Any) -> str:
+    """Which schema a device's values are held against."""
+    is_plugin = isinstance(values, dict) and "class_path" in values
+    return "plugin" if is_plugin or isinstance(values, PluginConfig) else "device"
+
+
+ControllerChoice = Annotated[ControllerConfig | PluginConfig, Field(discriminator="name")]
+DeviceChoice = Annotated[
+    Annotated[DeviceConfig, Tag("device")] | Annotated[PluginConfig, Tag("plugin")],
+    Discriminator(_device_kind),
+]
 EvaluatorChoice = Annotated[
     TrainEvaluatorConfig | SyntheticEvaluatorConfig | PluginConfig, Field(discriminator="name")
 ]
@@ -210,7 +220,7 @@ class CampaignConfig:
     objective: ObjectiveConfig
     executor: ExecutorChoice
     stop: StopConfig
-    device: DeviceConfig | PluginConfig | None = None
+    device: DeviceChoice | None = None
     retrain: RetrainConfig | None = None
     seed: int = 0
     batch_size: int = 16

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from search import campaign as folders
 from search.campaign import Campaign
 from search.config import CampaignConfig
-from search.finalists import HandOver, LineWatcher
+from search.finalists import LineWatcher, hand_over
 from search.loop import Search, Watcher
 from search.trial import Trial
 from space.records import record
@@ -115,7 +115,7 @@ def run(campaign: Campaign, watcher: CampaignWatcher) -> CampaignOutcome:
         logger.info("search ended: %s", stop_reason)
         winner = None
         if campaign.config.retrain is not None:
-            winner = HandOver(campaign, search.objective, watcher).run()
+            winner = hand_over(campaign, watcher)
         report = campaign.folder / "report.html"
         write_report(campaign.store, campaign.config, report)
         best = campaign.store.trials(role="search", best=1)

@@ -22,7 +22,7 @@ from search.campaign import Campaign, write_atomically
 from search.objective import Objective
 from search.pareto import best_networks
 from search.trial import Failure, Trial
-from space.errors import TrialFailed
+from space.errors import ConfigError, TrialFailed
 from space.records import dump_yaml
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,29 @@ class LineWatcher(Protocol):
         """The process printed a line."""
 
 
+def hand_over(
+    campaign: Campaign, watcher: LineWatcher, *, top: int | None = None
+) -> dict[str, Any] | None:
+    """Retrain the best networks of a campaign whose search has been run before.
+
+    Args:
+        campaign: Open for writing.
+        watcher: Is shown the trainings' progress.
+        top: How many networks; None takes the configuration's.
+
+    Raises:
+        ConfigError: The campaign's configuration has no recipe for a full training.
+    """
+    config = campaign.config.retrain
+    if config is None:
+        raise ConfigError(f"{campaign.folder}: its configuration has no retrain section.")
+    target_ms = campaign.store.meta("target_ms")
+    if target_ms is None:
+        raise ConfigError(f"{campaign.folder}: its search has not begun; nothing to retrain.")
+    objective = Objective(campaign.config.objective, target_ms)
+    return HandOver(campaign, objective, watcher, top=top or config.top).run()
+
+
 class HandOver:
     """Retrains the best networks of a finished search.
 
@@ -45,15 +68,19 @@ class HandOver:
         campaign: Open for writing; its search is done.
         objective: Ranks the retrained networks.
         watcher: Is shown the trainings' progress.
+        top: How many networks.
     """
 
-    def __init__(self, campaign: Campaign, objective: Objective, watcher: LineWatcher) -> None:
+    def __init__(
+        self, campaign: Campaign, objective: Objective, watcher: LineWatcher, *, top: int
+    ) -> None:
         assert campaign.config.retrain is not None  # asked for by the caller
         self._campaign = campaign
         self._config = campaign.config.retrain
         self._store = campaign.store
         self._objective = objective
         self._watcher = watcher
+        self._top = top
 
     def run(self) -> dict[str, Any] | None:
         """Retrain, choose, test and export; return what is known of the winner.
@@ -62,7 +89,7 @@ class HandOver:
             None if no network has a reward or every training failed.
         """
         searched = self._store.trials(role="search")
-        finalists = [self._retrain(trial) for trial in best_networks(searched, self._config.top)]
+        finalists = [self._retrain(trial) for trial in best_networks(searched, self._top)]
         ranked = best_networks(finalists, 1)
         if not ranked:
             return None

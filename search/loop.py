@@ -357,7 +357,7 @@ class Search:
         batch, state = snapshot
         controller.load_state_dict(state_from_bytes(state))
         if self.store.has_update(batch):
-            ids = {ids_batch: ids for ids_batch, ids, _ in self.store.updates()}[batch]
+            _, ids, _ = self.store.updates(last=1)[0]
             by_id = {trial.id: trial for trial in self.store.trials(batch=batch)}
             controller.update([_result(by_id[trial_id]) for trial_id in ids])
         return controller
@@ -388,7 +388,7 @@ class Search:
         return self._repeats_itself()
 
     def _repeats_itself(self) -> str | None:
-        updates = self.store.updates()[-REPEATING_BATCHES:]
+        updates = self.store.updates(last=REPEATING_BATCHES)
         if len(updates) < REPEATING_BATCHES:
             return None
         recent = [t for batch, _, _ in updates for t in self.store.trials(batch=batch)]

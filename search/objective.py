@@ -3,8 +3,8 @@
     reward(m) = ACC(m) * (LAT(m) / T) ** w,   w = alpha if LAT(m) <= T else beta
 
 `soft` (the paper's default) has alpha = beta = -0.07: doubling the latency must buy about 5 %
-relative accuracy. `hard` has alpha = 0, beta = -1: only accuracy counts below the target, and above
-it the reward falls as T / LAT.
+relative accuracy. `hard` has alpha = 0, beta = -1: only accuracy counts below the target; above it
+the reward falls as T / LAT.
 """
 
 from __future__ import annotations

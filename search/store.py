@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
@@ -96,6 +96,21 @@ _COLUMNS = (
 )  # fmt: skip
 _JSON_COLUMNS = frozenset({"tokens", "metrics", "parts", "measurement_ids", "timings", "failure"})
 _NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs"})
+
+#: Rows that one short read takes, and ids that one statement names.
+_PAGE, _IDS = 20_000, 500
+
+
+class TrialFigures(NamedTuple):
+    """What a figure over all trials needs of one, without the cost of a whole Trial."""
+
+    id: int
+    role: str
+    outcome: str | None
+    accuracy: float | None
+    latency_ms: float | None
+    reward: float | None
+    failure: str | None  # JSON of a search.trial.Failure
 
 
 class Store:
@@ -252,9 +267,12 @@ class Store:
             raise ValueError(f"measurement_id must be in the database, but got {measurement_id}")
         return _measurement(row[0])
 
-    def measurement_verdicts(self) -> dict[int, tuple[str, float, float]]:
-        """Return id -> (verdict, median_ms, iqr_ms) of all measurements."""
-        rows = self._db.execute("SELECT id, verdict, median_ms, iqr_ms FROM measurement")
+    def measurement_verdicts(
+        self, ids: Sequence[int] | None = None
+    ) -> dict[int, tuple[str, float, float]]:
+        """Return id -> (verdict, median_ms, iqr_ms) of all measurements, or of those named."""
+        select = "SELECT id, verdict, median_ms, iqr_ms FROM measurement"
+        rows = self._db.execute(select) if ids is None else self._by_id(select, ids)
         return {row[0]: (row[1], row[2], row[3]) for row in rows}
 
     def set_meta(self, key: str, value: Any) -> None:
@@ -288,12 +306,23 @@ class Store:
         ).fetchone()
         return None if row is None else (row[0], row[1])
 
-    def updates(self) -> list[tuple[int, list[int], dict[str, float]]]:
-        """Return (batch, trial ids, diagnostics) of every update, in order."""
+    def updates(self, *, last: int | None = None) -> list[tuple[int, list[int], dict[str, float]]]:
+        """Return (batch, trial ids, diagnostics) of every update, or the `last` ones, in order."""
+        limit = -1 if last is None else last
         rows = self._db.execute(
-            "SELECT batch, trial_ids, diagnostics FROM batch_update ORDER BY batch"
+            "SELECT batch, trial_ids, diagnostics FROM batch_update ORDER BY batch DESC LIMIT ?",
+            (limit,),
+        ).fetchall()
+        return [(row[0], json.loads(row[1]), json.loads(row[2])) for row in reversed(rows)]
+
+    def diagnostics(self, *, limit: int) -> list[tuple[int, dict[str, float]]]:
+        """Return (batch, diagnostics) of about `limit` updates at most, evenly spaced."""
+        batches = self._db.execute("SELECT count(*) FROM batch_update").fetchone()[0]
+        rows = self._db.execute(
+            "SELECT batch, diagnostics FROM batch_update WHERE batch % ? = 0 ORDER BY batch",
+            (-(-batches // limit) or 1,),
         )
-        return [(row[0], json.loads(row[1]), json.loads(row[2])) for row in rows]
+        return [(row[0], json.loads(row[1])) for row in rows]
 
     def has_update(self, batch: int) -> bool:
         """Whether the controller has learned from a batch."""
@@ -333,6 +362,30 @@ class Store:
         ).fetchall()
         return _trial(rows[0]) if rows else None
 
+    def trials_by_id(self, ids: Sequence[int]) -> list[Trial]:
+        """Return the trials with these ids, in order of id; unknown ids are left out."""
+        rows = self._by_id(f"SELECT {', '.join(_COLUMNS)} FROM trial", sorted(ids))
+        return [_trial(row) for row in rows]
+
+    def figures(self) -> Iterator[TrialFigures]:
+        """Yield the figures of all trials in order of id, in many short reads.
+
+        For large campaigns: a million rows take seconds and next to no memory.
+        """
+        last_id = -(2**63)
+        while True:
+            rows = self._db.execute(
+                "SELECT id, role, outcome, accuracy, metrics, reward, failure FROM trial"
+                " WHERE id > ? ORDER BY id LIMIT ?",
+                (last_id, _PAGE),
+            ).fetchall()
+            for trial_id, role, outcome, accuracy, metrics, reward, failure in rows:
+                latency_ms = json.loads(metrics).get("latency_ms") if metrics else None
+                yield TrialFigures(trial_id, role, outcome, accuracy, latency_ms, reward, failure)
+            if len(rows) < _PAGE:
+                return
+            last_id = rows[-1][0]
+
     def counts(self) -> dict[str, int]:
         """Return outcome -> number of search trials; `pending` for those without a result."""
         rows = self._db.execute(
@@ -353,6 +406,15 @@ class Store:
         """Return the next free id of a finalist; they count down from -1."""
         row = self._db.execute("SELECT min(0, coalesce(min(id), 0)) - 1 FROM trial").fetchone()
         return int(row[0])
+
+    def _by_id(self, select: str, ids: Sequence[int]) -> list[Any]:
+        """The rows of a SELECT that have these ids, read a few hundred at a time."""
+        rows: list[Any] = []
+        for start in range(0, len(ids), _IDS):
+            part = ids[start : start + _IDS]
+            marks = ", ".join("?" * len(part))
+            rows += self._db.execute(f"{select} WHERE id IN ({marks}) ORDER BY id", part)
+        return rows
 
     def _insert(self, trials: Sequence[Trial]) -> None:
         marks = ", ".join("?" * len(_COLUMNS))

@@ -59,7 +59,7 @@ def campaign_summary(folder: Path, store: Store, config: CampaignConfig) -> dict
     """
     counts = store.counts()
     best = store.trials(role="search", best=1)
-    updates = store.updates()
+    updates = store.updates(last=1)
     reason = store.meta("stop_reason")
     proposed = sum(counts.values())
     finished = reason is not None and proposed >= config.stop.trials

@@ -1,0 +1,219 @@
+"""Times a callable until the figure can be believed: warm-up, calibration, repeats, raw samples.
+
+The protocol, in this order; the clock is injected, so that tests need no real time:
+
+1. Warm up, run by run, until the medians of two consecutive windows agree.
+2. Choose, once, how many runs make one sample, so that the clock's resolution and the cost of
+   reading it vanish; keep the number for all samples.
+3. Take samples until the 95 % confidence interval of their median is narrow, or time is up.
+
+TFLite's benchmark_model runs once to warm up, then at least 50 times and 1 s; `full` is that
+with a warm-up that proves itself and a width that is demanded. `quick` is for searches, where many
+networks are timed and their order counts.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+
+from latency.measurement import median_interval
+from space.errors import MeasurementError
+from space.records import record
+
+Effort = Literal["quick", "full"]
+Ending = Literal["narrow", "repeats", "budget"]
+
+#: Samples that even an exhausted budget leaves room for: fewer have no quartiles.
+FEWEST_SAMPLES = 5
+
+
+@record
+class TimingProtocol:
+    """How a callable is timed.
+
+    Attributes:
+        warmup_window: Runs whose median is compared with that of the window before it.
+        warmup_tolerance: Relative difference at which two windows agree.
+        min_warmup_runs: Runs before the warm-up may end.
+        min_warmup_s: ... and how long it takes at least, so that a processor's clock can rise.
+        max_warmup_runs: Runs after which sampling starts although the windows differ.
+        min_sample_s: Shortest time of one sample; short runs are repeated within it.
+        min_repeats: Samples before sampling may end.
+        min_total_s: ... and how long the samples take together at least.
+        max_repeats: Samples after which it ends, however wide the interval.
+        relative_width: Width of the median's 95 % interval, relative to the median, at which it
+            ends.
+        time_budget_s: When it ends, however wide the interval: seconds from the first run. Half
+            of it may go into the warm-up. The first five samples are taken in any case.
+    """
+
+    warmup_window: int = 5
+    warmup_tolerance: float = 0.05
+    min_warmup_runs: int = 10
+    min_warmup_s: float = 0.1
+    max_warmup_runs: int = 10_000
+    min_sample_s: float = 5e-3
+    min_repeats: int = 50
+    min_total_s: float = 1.0
+    max_repeats: int = 1000
+    relative_width: float = 0.01
+    time_budget_s: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_window", "min_warmup_runs", "min_repeats"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, but got {getattr(self, name)}")
+        for name in ("min_warmup_s", "min_sample_s", "min_total_s"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be >= 0, but got {getattr(self, name)!r}")
+        for name in ("warmup_tolerance", "relative_width", "time_budget_s"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be > 0, but got {getattr(self, name)!r}")
+        fewest_runs = max(self.min_warmup_runs, 2 * self.warmup_window)
+        if self.max_warmup_runs < fewest_runs:
+            raise ValueError(
+                f"max_warmup_runs must be at least min_warmup_runs and two windows"
+                f" ({fewest_runs}), but got {self.max_warmup_runs}"
+            )
+        if self.max_repeats < self.min_repeats:
+            raise ValueError(
+                f"max_repeats must be at least min_repeats ({self.min_repeats}),"
+                f" but got {self.max_repeats}"
+            )
+
+
+#: For thousands of networks: a tenth of a second each, and an interval twice as wide.
+QUICK = TimingProtocol(
+    warmup_window=3,
+    min_warmup_runs=6,
+    min_warmup_s=0.02,
+    min_sample_s=1e-3,
+    min_repeats=30,
+    min_total_s=0.1,
+    max_repeats=400,
+    relative_width=0.02,
+    time_budget_s=1.0,
+)
+#: For figures that are published.
+FULL = TimingProtocol()
+
+PROTOCOLS: dict[Effort, TimingProtocol] = {"quick": QUICK, "full": FULL}
+
+
+@record
+class Timing:
+    """What timing a callable gave.
+
+    Attributes:
+        samples_ms: Milliseconds of one run, in the order taken; each is the mean of
+            `inner_iterations` runs.
+        inner_iterations: Runs per sample.
+        warmup_runs: Runs before the first sample.
+        settled: Whether the warm-up ended because two windows agreed.
+        ending: What ended the sampling: the interval was `narrow`, or the number of `repeats`
+            or the time `budget` was used up.
+    """
+
+    samples_ms: tuple[float, ...]
+    inner_iterations: int
+    warmup_runs: int
+    settled: bool
+    ending: Ending
+
+
+def time_runs(
+    run: Callable[[], object],
+    protocol: TimingProtocol,
+    *,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Timing:
+    """Return the times of `run` under a protocol.
+
+    Args:
+        run: What is timed; it must have finished its work when it returns.
+        protocol: How it is timed.
+        clock: Monotonic seconds.
+
+    Raises:
+        MeasurementError: The clock does not advance while `run` runs.
+        Exception: Whatever `run` raises.
+    """
+    start = clock()
+    run_s, warmup_runs, settled = _warm_up(run, protocol, clock, start)
+    if run_s <= 0:
+        raise MeasurementError(f"the clock did not advance during {warmup_runs} runs")
+    inner = max(1, math.ceil(protocol.min_sample_s / run_s))
+    samples_s: list[float] = []
+    total_s = 0.0
+    ending: Ending | None = None
+    while ending is None:
+        before = clock()
+        for _ in range(inner):
+            run()
+        after = clock()
+        samples_s.append((after - before) / inner)
+        total_s += after - before
+        ending = _ending(samples_s, total_s, after - start, protocol)
+    if min(samples_s) <= 0:
+        raise MeasurementError(f"the clock did not advance during {inner} runs")
+    return Timing(
+        samples_ms=tuple(1e3 * sample for sample in samples_s),
+        inner_iterations=inner,
+        warmup_runs=warmup_runs,
+        settled=settled,
+        ending=ending,
+    )
+
+
+def _warm_up(
+    run: Callable[[], object],
+    protocol: TimingProtocol,
+    clock: Callable[[], float],
+    start: float,
+) -> tuple[float, int, bool]:
+    """Seconds of a warm run, the number of runs, and whether two windows agreed."""
+    runs_s: list[float] = []
+    while True:
+        before = clock()
+        run()
+        after = clock()
+        runs_s.append(after - before)
+        count, elapsed_s = len(runs_s), after - start
+        settled = (
+            count >= protocol.min_warmup_runs
+            and elapsed_s >= protocol.min_warmup_s
+            and _windows_agree(runs_s, protocol)
+        )
+        if settled or count >= protocol.max_warmup_runs or elapsed_s >= protocol.time_budget_s / 2:
+            return float(np.median(runs_s[-protocol.warmup_window :])), count, settled
+
+
+def _windows_agree(runs_s: list[float], protocol: TimingProtocol) -> bool:
+    """Whether the last two windows are complete and their medians are close."""
+    window = protocol.warmup_window
+    if len(runs_s) % window or len(runs_s) < 2 * window:
+        return False
+    earlier = float(np.median(runs_s[-2 * window : -window]))
+    latest = float(np.median(runs_s[-window:]))
+    return abs(latest - earlier) <= protocol.warmup_tolerance * min(latest, earlier)
+
+
+def _ending(
+    samples_s: list[float], total_s: float, elapsed_s: float, protocol: TimingProtocol
+) -> Ending | None:
+    """Why sampling ends now, if it does."""
+    count = len(samples_s)
+    if count >= protocol.min_repeats and total_s >= protocol.min_total_s:
+        low, high = median_interval(np.asarray(samples_s))
+        if high - low <= protocol.relative_width * float(np.median(samples_s)):
+            return "narrow"
+    if count >= protocol.max_repeats:
+        return "repeats"
+    if elapsed_s >= protocol.time_budget_s and count >= FEWEST_SAMPLES:
+        return "budget"
+    return None

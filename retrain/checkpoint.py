@@ -1,0 +1,253 @@
+"""Checkpoints: trained weights, and the state that a killed training goes on from, without pickle.
+
+Both are safetensors files whose metadata says everything that is needed to use them again. They are
+written under a temporary name, flushed to disk and renamed: a reader sees a whole file or none.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save
+
+from retrain.config import Recipe
+from retrain.data import Normalisation
+from space.architecture import Architecture, parse_architecture
+from space.errors import ConfigError
+from space.parameters import parameter_shapes
+from space.records import build, record, to_plain
+
+Weights = dict[str, NDArray[np.float32]]
+
+_WEIGHTS_FORMAT = "mnas weights 1"
+_STATE_FORMAT = "mnas training state 1"
+_PACKAGES = ("mnas", "mindspore", "numpy")
+
+
+@record
+class Checkpoint:
+    """A trained network, ready to be evaluated, exported or trained on.
+
+    Attributes:
+        architecture: The network.
+        recipe: How it was trained; its style is the network's.
+        seed: Of the training.
+        epochs: Trained for so many.
+        validation_accuracy: Top-1 on the images held out from the training set, fraction.
+        normalisation: What the pixels are to be normalised with.
+        classes: Names in the order of the logits.
+        versions: Package -> version that wrote it.
+        weights: Name -> float32 array, as space/parameters.py names them: those that were evaluated
+            (averaged ones if the recipe averages).
+    """
+
+    architecture: Architecture
+    recipe: Recipe
+    seed: int
+    epochs: int
+    validation_accuracy: float
+    normalisation: Normalisation
+    classes: tuple[str, ...]
+    versions: dict[str, str]
+    weights: dict[str, Any]
+
+
+@record
+class SavedState:
+    """Where a killed training goes on.
+
+    Attributes:
+        architecture: The network's text.
+        recipe: As it was.
+        seed: As it was.
+        epoch: Epochs done.
+        losses: Mean training loss of each.
+        accuracies: Validation accuracy after each.
+        arrays: Name -> array: weights, the optimizer's state, averages.
+    """
+
+    architecture: str
+    recipe: Recipe
+    seed: int
+    epoch: int
+    losses: tuple[float, ...]
+    accuracies: tuple[float, ...]
+    arrays: dict[str, Any]
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint, replacing what is there."""
+    metadata = {
+        "format": _WEIGHTS_FORMAT,
+        "architecture": checkpoint.architecture.text,
+        "recipe": json.dumps(to_plain(checkpoint.recipe)),
+        "seed": json.dumps(checkpoint.seed),
+        "epochs": json.dumps(checkpoint.epochs),
+        "validation_accuracy": json.dumps(checkpoint.validation_accuracy),
+        "normalisation": json.dumps(to_plain(checkpoint.normalisation)),
+        "classes": json.dumps(checkpoint.classes),
+        "versions": json.dumps(checkpoint.versions),
+    }
+    write_atomically(path, save(_contiguous(checkpoint.weights), metadata))
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Return the checkpoint that a file holds.
+
+    Raises:
+        ConfigError: The file is missing, damaged or something else, or its weights are not exactly
+            those of its network; all faults are listed.
+    """
+    metadata, arrays = _read(path, _WEIGHTS_FORMAT)
+    architecture = parse_architecture(metadata["architecture"])
+    check_weights(architecture, arrays, where=str(path))
+    values = {key: _json(metadata, key, path) for key in _CHECKPOINT_KEYS}
+    return Checkpoint(
+        architecture=architecture,
+        recipe=build(Recipe, values["recipe"], where=f"{path}: recipe"),
+        seed=values["seed"],
+        epochs=values["epochs"],
+        validation_accuracy=values["validation_accuracy"],
+        normalisation=build(Normalisation, values["normalisation"], where=str(path)),
+        classes=tuple(values["classes"]),
+        versions=values["versions"],
+        weights=arrays,
+    )
+
+
+_CHECKPOINT_KEYS = (
+    "recipe", "seed", "epochs", "validation_accuracy", "normalisation", "classes", "versions",
+)  # fmt: skip
+_STATE_KEYS = ("recipe", "seed", "epoch", "losses", "accuracies")
+
+
+def save_state(path: Path, state: SavedState) -> None:
+    """Write a training's state, replacing the one before."""
+    metadata = {"format": _STATE_FORMAT, "architecture": state.architecture}
+    metadata.update({key: json.dumps(to_plain(getattr(state, key))) for key in _STATE_KEYS})
+    write_atomically(path, save(_contiguous(state.arrays), metadata))
+
+
+def load_state(path: Path) -> SavedState:
+    """Return the state that a file holds.
+
+    Raises:
+        ConfigError: The file is missing, damaged or something else.
+    """
+    metadata, arrays = _read(path, _STATE_FORMAT)
+    values = {key: _json(metadata, key, path) for key in _STATE_KEYS}
+    return SavedState(
+        architecture=metadata["architecture"],
+        recipe=build(Recipe, values["recipe"], where=f"{path}: recipe"),
+        seed=values["seed"],
+        epoch=values["epoch"],
+        losses=tuple(values["losses"]),
+        accuracies=tuple(values["accuracies"]),
+        arrays=arrays,
+    )
+
+
+def check_weights(
+    architecture: Architecture, weights: Mapping[str, NDArray[Any]], *, where: str
+) -> None:
+    """Raise unless the weights are exactly the network's, by name, shape and type.
+
+    Raises:
+        ConfigError: Lists what is missing, unexpected, misshapen or not finite: the first five of
+            each, and how many more.
+    """
+    shapes = parameter_shapes(architecture)
+    common = [name for name in shapes if name in weights]
+    faults = {
+        "missing": [name for name in shapes if name not in weights],
+        "unexpected": [name for name in weights if name not in shapes],
+        "misshapen": [
+            f"{name} (must be {shapes[name]}, but is {weights[name].shape})"
+            for name in common
+            if weights[name].shape != shapes[name]
+        ],
+        "not float32": [name for name in common if weights[name].dtype != np.float32],
+        "not finite": [name for name in common if not np.isfinite(weights[name]).all()],
+    }
+    sentences = [
+        f"{kind}: {', '.join(found[:5])}" + (f" and {len(found) - 5} more" * (len(found) > 5))
+        for kind, found in faults.items()
+        if found
+    ]
+    if sentences:
+        raise ConfigError(
+            f"{where}: the weights do not fit the network {architecture.hash}; "
+            + "; ".join(sentences)
+            + "."
+        )
+
+
+def versions() -> dict[str, str]:
+    """Return package -> version, and the interpreter's."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file so that a reader, or a crash, finds the old one or the new one, never a part."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    # The new name itself must be on the disk, too.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _contiguous(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    # safetensors writes an array's buffer as it lies in memory; ascontiguousarray would make
+    # a scalar one-dimensional.
+    return {name: np.array(value, order="C") for name, value in arrays.items()}
+
+
+def _read(path: Path, expected: str) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such checkpoint file.")
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = dict(file.metadata() or {})
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path}: must be a safetensors file, but is something else or damaged: {error}."
+        ) from None
+    if metadata.get("format") != expected or "architecture" not in metadata:
+        raise ConfigError(
+            f"{path}: must be in the format {expected!r}, but is in"
+            f" {metadata.get('format', 'an unnamed one')!r}."
+        )
+    return metadata, arrays
+
+
+def _json(metadata: Mapping[str, str], key: str, path: Path) -> Any:
+    try:
+        return json.loads(metadata[key])
+    except (KeyError, ValueError):
+        raise ConfigError(f"{path}: the metadata {key!r} is missing or damaged.") from None

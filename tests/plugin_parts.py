@@ -1,0 +1,93 @@
+"""Parts that misbehave on purpose, loaded by the tests as a user's own classes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from controller.random_search import RandomConfig, RandomSearch
+from latency.device import LatencyMeter
+from latency.measurement import Measurement
+from search.evaluation import Evaluation, Evaluator
+from space.architecture import PAPER_STYLE, Architecture, NetworkStyle, graph_hash
+from space.cost import count
+from space.errors import MeasurementError, TrialFailed
+
+
+class FaultyEvaluator(Evaluator):
+    """Diverges, hangs, crashes its process or raises, each for a share of the networks."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._faults = list(options.get("faults", []))
+        self._folder = options.get("folder")
+
+    @property
+    def epochs(self) -> float:
+        return 1.0
+
+    def warm_up(self) -> None:
+        pass
+
+    def evaluate(self, architecture: Architecture, *, seed: int, time_limit_s: float) -> Evaluation:
+        number = int(architecture.hash, 16) % 8
+        fault = self._faults[number] if number < len(self._faults) else None
+        if fault == "diverge":
+            raise TrialFailed("diverged: loss was nan at step 3")
+        if fault == "raise":
+            raise RuntimeError("kernel launch failed\nwith a second line")
+        if fault == "hang":
+            time.sleep(600)
+        if fault == "crash" or (fault == "crash_once" and self._first_time(architecture.hash)):
+            os._exit(7)
+        return Evaluation(count(architecture).macs % 1000 / 1000, {"latency_ms": 1.0}, 1.0)
+
+    def _first_time(self, name: str) -> bool:
+        mark = Path(str(self._folder)) / name
+        if mark.exists():
+            return False
+        mark.touch()
+        return True
+
+
+class FaultyDevice(LatencyMeter):
+    """Fails for a quarter of the networks; counts its measurements in a file."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._log = Path(str(options["log"]))
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": "faulty", "kind": "test"}
+
+    def measure(self, architecture: Architecture, style: NetworkStyle = PAPER_STYLE) -> Measurement:
+        with self._log.open("a") as file:
+            file.write(f"{architecture.hash}\n")
+        if int(architecture.hash, 16) % 4 == 0:
+            raise MeasurementError("the device went away")
+        median = count(architecture).macs / 1e6 + 0.01
+        return Measurement(
+            (median,) * 3, 1, 0, 1, graph_hash(architecture, style), self.identity(), {}, {}
+        )
+
+
+class NotAController:
+    """Not a subclass of Controller."""
+
+
+class ForgetfulController(RandomSearch):
+    """Breaks the contract: its state says nothing of its generator."""
+
+    def __init__(
+        self, options: Mapping[str, Any], num_choices: tuple[int, ...], rng: np.random.Generator
+    ) -> None:
+        super().__init__(RandomConfig("random"), num_choices, rng)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        pass

@@ -1,0 +1,257 @@
+"""Campaigns in this process with the deterministic evaluator: results, reuse, faults, refusal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from campaigns import comparable, controller_states, rows, write_synthetic
+
+from search.campaign import open_to_write
+from search.config import (
+    CampaignConfig,
+    campaign_config,
+    config_to_plain,
+    load_campaign_config,
+)
+from search.engine import resume, start
+from search.store import Store
+from space.errors import ConfigError
+from space.records import shipped_names
+
+
+def run_synthetic(folder: Path, **settings: object) -> Path:
+    folder.mkdir()
+    config = load_campaign_config(str(write_synthetic(folder, **settings)))  # type: ignore[arg-type]
+    start(config, folder / "run")
+    return folder / "run"
+
+
+def plugin_config(folder: Path, **changes: object) -> CampaignConfig:
+    values = {
+        "name": "faults",
+        "space": {"name": "small_image"},
+        "controller": {"name": "random"},
+        "evaluator": {"class": "plugin_parts:FaultyEvaluator", "options": {}},
+        "objective": {"name": "hard", "target_ms": 2.0},
+        "executor": {"name": "serial"},
+        "batch_size": 8,
+        "stop": {"trials": 32},
+        **changes,
+    }
+    return campaign_config(values, where="test", folder=folder)
+
+
+def test_a_campaign_records_every_trial_and_ends_with_its_stop_rule(tmp_path: Path) -> None:
+    config = load_campaign_config(str(write_synthetic(tmp_path, trials=40)))
+    outcome = start(config, tmp_path / "run")
+    assert outcome.trials == 40
+    assert "40 trials" in outcome.stop_reason
+    store = Store(tmp_path / "run" / "campaign.db", read_only=True)
+    trials = store.trials()
+    assert [trial.id for trial in trials] == list(range(40))
+    assert all(trial.outcome is not None for trial in trials)
+    completed = [trial for trial in trials if trial.outcome == "completed"]
+    assert outcome.completed == len(completed)
+    for trial in completed:
+        assert trial.reward is not None
+        assert trial.parts is not None
+        assert trial.reward == pytest.approx(trial.parts.accuracy * trial.parts.factor)
+        assert trial.network().hash == trial.architecture_hash
+    failed = [trial for trial in trials if trial.outcome == "failed"]
+    assert all(t.reward is None and t.failure is not None for t in failed)
+    assert outcome.best is not None
+    assert outcome.best.reward == max(t.reward or 0.0 for t in completed)
+    assert (tmp_path / "run" / "report.html").stat().st_size > 1000
+
+
+def test_the_same_seed_gives_the_same_campaign_and_another_seed_another(tmp_path: Path) -> None:
+    first = rows(run_synthetic(tmp_path / "a", seed=3))
+    assert first == rows(run_synthetic(tmp_path / "b", seed=3))
+    assert first != rows(run_synthetic(tmp_path / "c", seed=4))
+
+
+def test_identical_networks_take_the_first_ones_result_and_say_so(tmp_path: Path) -> None:
+    # The fixed tail of a tiny space repeats itself soon.
+    space = tmp_path / "tiny.yaml"
+    space.write_text(
+        "name: tiny\nstem: 8\nstem_stride: 1\nhead: 16\nresolution: 8\nclasses: 4\n"
+        "choices: {op: [dconv, mbconv3], kernel_size: [3, 5], skip: [identity]}\n"
+        "blocks: [{filters: 8, layers: 1, stride: 1}]\n"
+    )
+    config = load_campaign_config(
+        str(write_synthetic(tmp_path, controller="random", trials=32)), [f"space.name={space}"]
+    )
+    start(config, tmp_path / "run")
+    trials = Store(tmp_path / "run" / "campaign.db", read_only=True).trials()
+    by_id = {trial.id: trial for trial in trials}
+    originals = [trial for trial in trials if trial.reused_from is None]
+    assert len(originals) == len({trial.architecture_hash for trial in trials}) <= 4
+    for trial in trials:
+        if trial.reused_from is not None:
+            original = by_id[trial.reused_from]
+            assert original.id < trial.id
+            assert original.architecture_hash == trial.architecture_hash
+            assert (trial.reward, trial.accuracy) == (original.reward, original.accuracy)
+            assert trial.outcome in ("reused", "failed")
+
+
+def test_a_policy_that_only_repeats_itself_is_stopped_with_a_sentence(tmp_path: Path) -> None:
+    space = tmp_path / "two.yaml"
+    space.write_text(
+        "name: two\nstem: 8\nstem_stride: 1\nhead: 16\nresolution: 8\nclasses: 4\n"
+        "choices: {op: [dconv, mbconv3]}\nblocks: [{filters: 8, layers: 1, stride: 1}]\n"
+    )
+    config = load_campaign_config(
+        str(write_synthetic(tmp_path, controller="random", trials=400)), [f"space.name={space}"]
+    )
+    outcome = start(config, tmp_path / "run")
+    assert "only repeated earlier networks" in outcome.stop_reason
+    assert outcome.trials < 100
+
+
+def test_extending_a_finished_campaign_equals_one_that_was_never_stopped(tmp_path: Path) -> None:
+    whole = run_synthetic(tmp_path / "whole", trials=64)
+    parts = run_synthetic(tmp_path / "parts", trials=24)
+    resume(parts, ["stop.trials=64"])
+    assert rows(parts) == rows(whole)
+    assert controller_states(parts) == controller_states(whole)
+
+
+def test_a_changed_setting_is_logged_and_a_forbidden_one_refused(tmp_path: Path) -> None:
+    folder = run_synthetic(tmp_path / "a", trials=8)
+    with pytest.raises(ConfigError) as caught:
+        open_to_write(folder, ["seed=7", "objective.target_ms=9.0"])
+    for part in ("seed is 0, given 7", "objective.target_ms is 3.0, given 9.0", "stop"):
+        assert part in str(caught.value)
+    with open_to_write(folder, ["stop.trials=16"]) as campaign:
+        events = campaign.store.events()
+    assert any("stop.trials: 8 -> 16" in message for _, _, message in events)
+
+
+def test_a_folder_that_holds_a_campaign_or_anything_else_is_never_overwritten(
+    tmp_path: Path,
+) -> None:
+    folder = run_synthetic(tmp_path / "a", trials=8)
+    config = load_campaign_config(str(tmp_path / "a" / "synthetic.yaml"))
+    before = rows(folder)
+    with pytest.raises(ConfigError, match="holds a campaign already"):
+        start(config, folder)
+    assert rows(folder) == before
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="holds other files"):
+        start(config, other)
+    assert (other / "thesis.tex").read_text() == "years of work"
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match="must be a folder"):
+        start(config, tmp_path / "file")
+
+
+def test_a_second_writer_is_refused_and_told_who_holds_the_campaign(tmp_path: Path) -> None:
+    folder = run_synthetic(tmp_path / "a", trials=8)
+    with (
+        open_to_write(folder, ["stop.trials=16"]),
+        pytest.raises(ConfigError, match=r"in use by process \d+ on .* since"),
+    ):
+        open_to_write(folder)
+    with open_to_write(folder):
+        pass
+
+
+def test_failures_are_recorded_with_their_reason_and_the_campaign_goes_on(tmp_path: Path) -> None:
+    faults = ["diverge", "raise"]
+    config = plugin_config(
+        tmp_path,
+        evaluator={"class": "plugin_parts:FaultyEvaluator", "options": {"faults": faults}},
+    )
+    outcome = start(config, tmp_path / "run")
+    trials = Store(tmp_path / "run" / "campaign.db", read_only=True).trials()
+    assert outcome.trials == 32
+    reasons = {t.failure.reason for t in trials if t.failure is not None}
+    assert reasons == {
+        "diverged: loss was nan at step 3",
+        "RuntimeError: kernel launch failed",
+    }
+    raised = next(t for t in trials if t.failure and t.failure.reason.startswith("Runtime"))
+    assert raised.failure is not None
+    assert "Traceback" in raised.failure.detail
+    assert "with a second line" in (tmp_path / "run" / "campaign.log").read_text()
+
+
+def test_a_failed_measurement_is_a_failed_trial_and_a_good_one_is_taken_once(
+    tmp_path: Path,
+) -> None:
+    log = tmp_path / "measured"
+    device = {"class": "plugin_parts:FaultyDevice", "options": {"log": str(log)}}
+    start(plugin_config(tmp_path, device=device, stop={"trials": 64}), tmp_path / "run")
+    store = Store(tmp_path / "run" / "campaign.db", read_only=True)
+    trials = store.trials()
+    failed = [t for t in trials if t.outcome == "failed"]
+    assert failed
+    assert all("the device went away" in t.failure.reason for t in failed if t.failure)
+    assert all(int(t.architecture_hash, 16) % 4 == 0 for t in failed)
+    good = [t for t in trials if t.outcome == "completed"]
+    for trial in good:
+        measurement = store.measurement(trial.measurement_ids[0])
+        assert trial.latency_ms == measurement.median_ms
+        # The evaluator's own 1.0 ms is not taken where a device measures.
+        assert trial.parts is not None
+        assert trial.parts.latency_ms == measurement.median_ms
+    measured = [h for h in log.read_text().split() if int(h, 16) % 4]
+    assert len(measured) == len(set(measured))
+
+
+def test_a_network_too_slow_is_rejected_before_training_only_if_asked(tmp_path: Path) -> None:
+    log = tmp_path / "measured"
+    config = plugin_config(
+        tmp_path,
+        device={"class": "plugin_parts:FaultyDevice", "options": {"log": str(log)}},
+        objective={"name": "hard", "target_ms": 2.0, "reject_above": 1.5},
+        stop={"trials": 64},
+    )
+    start(config, tmp_path / "run")
+    trials = Store(tmp_path / "run" / "campaign.db", read_only=True).trials()
+    rejected = [t for t in trials if t.outcome == "rejected"]
+    assert rejected
+    assert all((t.latency_ms or 0) > 3.0 and t.accuracy is None for t in rejected)
+    assert all((t.latency_ms or 9) <= 3.0 for t in trials if t.outcome == "completed")
+
+
+def test_a_target_by_reference_is_measured_once_and_kept(tmp_path: Path) -> None:
+    log = tmp_path / "measured"
+    reference = "stem8_s11 | r1_k3_s22_e3_i8_o16_noskip | head38 | r28 | c10"
+    config = plugin_config(
+        tmp_path,
+        device={"class": "plugin_parts:FaultyDevice", "options": {"log": str(log)}},
+        objective={"name": "soft", "target": {"reference": reference, "times": 2.0}},
+        stop={"trials": 8},
+    )
+    outcome = start(config, tmp_path / "run")
+    resumed = resume(tmp_path / "run", ["stop.trials=16"])
+    assert resumed.target_ms == outcome.target_ms > 0
+    hashes = log.read_text().split()
+    assert hashes.count(hashes[0]) == 1
+
+
+@pytest.mark.parametrize("name", shipped_names("search"))
+def test_every_shipped_campaign_loads_and_its_resolved_form_is_the_same(
+    name: str, tmp_path: Path
+) -> None:
+    config = load_campaign_config(name)
+    plain = config_to_plain(config)
+    assert campaign_config(plain, where="resolved", folder=tmp_path) == config
+
+
+def test_a_users_own_part_is_written_into_the_resolved_configuration(tmp_path: Path) -> None:
+    config = plugin_config(tmp_path)
+    plain = config_to_plain(config)
+    assert plain["evaluator"] == {"class": "plugin_parts:FaultyEvaluator", "options": {}}
+    assert campaign_config(plain, where="resolved", folder=tmp_path) == config
+
+
+def test_comparable_rows_leave_out_only_what_clocks_write(tmp_path: Path) -> None:
+    folder = run_synthetic(tmp_path / "a", trials=8)
+    trial = Store(folder / "campaign.db", read_only=True).trials()[0]
+    assert {"tokens", "seed", "reward", "outcome", "log_prob"} <= set(comparable(trial))

@@ -1,0 +1,177 @@
+"""Killed, interrupted and resumed: the same rows, bit for bit, as a campaign never disturbed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from campaigns import controller_states, mnas, rows, start_mnas, wait_for_results, write_synthetic
+
+from search.store import Store
+
+TRIALS = 48
+
+
+@pytest.fixture(scope="module")
+def quiet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A campaign that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("quiet")
+    config = write_synthetic(folder, trials=TRIALS)
+    done = mnas("search", str(config), "--out", str(folder / "run"))
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+def test_kill_9_anywhere_and_resume_is_bit_identical(tmp_path: Path, quiet: Path) -> None:
+    config = write_synthetic(tmp_path, trials=TRIALS, seconds=0.02)
+    folder = tmp_path / "run"
+    rng = random.Random(5)
+    process = start_mnas("search", str(config), "--out", str(folder))
+    for results in sorted(rng.sample(range(1, TRIALS - 4), 4)):
+        wait_for_results(folder, results)
+        time.sleep(rng.random() * 0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=10)
+        process = start_mnas("resume", str(folder))
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, output
+    # The quiet run pretends no seconds; nothing else may differ.
+    assert rows(folder) == rows(quiet)
+    assert controller_states(folder) == controller_states(quiet)
+
+
+def test_ctrl_c_ends_within_five_seconds_says_how_to_go_on_and_resume_does(
+    tmp_path: Path, quiet: Path
+) -> None:
+    config = write_synthetic(tmp_path, trials=TRIALS, seconds=0.02)
+    folder = tmp_path / "run"
+    process = start_mnas("search", str(config), "--out", str(folder))
+    wait_for_results(folder, 10)
+    interrupted = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=30)
+    assert time.monotonic() - interrupted < 5
+    assert process.returncode == 130
+    assert f"mnas resume {folder}" in output
+    assert "Traceback" not in output
+    done = mnas("resume", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert rows(folder) == rows(quiet)
+
+
+def test_sigterm_ends_a_campaign_as_ctrl_c_does(tmp_path: Path) -> None:
+    config = write_synthetic(tmp_path, trials=TRIALS, seconds=0.05)
+    process = start_mnas("search", str(config), "--out", str(tmp_path / "run"))
+    wait_for_results(tmp_path / "run", 3)
+    process.terminate()
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode == 130, output
+    assert "mnas resume" in output
+
+
+def test_status_works_from_another_process_while_the_search_runs(tmp_path: Path) -> None:
+    config = write_synthetic(tmp_path, trials=TRIALS, seconds=0.1)
+    folder = tmp_path / "run"
+    process = start_mnas("search", str(config), "--out", str(folder))
+    try:
+        wait_for_results(folder, 3)
+        done = mnas("status", str(folder), "--json")
+        status = json.loads(done.stdout)
+        second = mnas("resume", str(folder))
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate(timeout=10)
+    assert status["state"] == "running"
+    assert status["trials_total"] == TRIALS
+    assert second.returncode == 2
+    assert f"in use by process {process.pid}" in second.stderr
+    after = json.loads(mnas("status", str(folder), "--json").stdout)
+    assert after["state"] == "stopped"
+
+
+RAY = "executor={name: ray, workers: 2, time_limit_s: 60}"
+
+
+@pytest.mark.slow
+def test_with_ray_workers_ctrl_c_and_kill_9_leave_no_process_and_lose_nothing(
+    tmp_path: Path, quiet: Path
+) -> None:
+    config = write_synthetic(tmp_path, trials=TRIALS, seconds=0.1)
+    folder = tmp_path / "run"
+    process = start_mnas("search", str(config), RAY, "--out", str(folder))
+    wait_for_results(folder, 5)
+    interrupted = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert time.monotonic() - interrupted < 5
+    assert process.returncode == 130
+    process = start_mnas("resume", str(folder))
+    wait_for_results(folder, 20)
+    family = [process.pid, *(p.pid for p in psutil.Process(process.pid).children(recursive=True))]
+    process.kill()
+    process.communicate(timeout=10)
+    deadline = time.monotonic() + 60
+    while any(_alive(pid) for pid in family) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not [pid for pid in family if _alive(pid)]
+    done = mnas("resume", str(folder), timeout_s=180)
+    assert done.returncode == 0, done.stderr
+    assert rows(folder) == rows(quiet)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.mark.slow
+def test_children_that_hang_or_crash_their_worker_are_failed_trials(tmp_path: Path) -> None:
+    config = tmp_path / "faults.yaml"
+    (tmp_path / "marks").mkdir()
+    config.write_text(
+        "name: faults\nspace: {name: small_image}\ncontroller: {name: random}\n"
+        "evaluator:\n  class: plugin_parts:FaultyEvaluator\n"
+        f"  options: {{faults: [hang, crash, diverge, crash_once], folder: {tmp_path}/marks}}\n"
+        "objective: {name: soft, target_ms: 1.0}\nbatch_size: 8\nstop: {trials: 24}\n"
+        "executor: {name: ray, workers: 2, time_limit_s: 2, retries: 1}\n"
+    )
+    done = mnas("search", str(config), "--out", str(tmp_path / "run"), timeout_s=400)
+    assert done.returncode == 0, done.stderr
+    trials = Store(tmp_path / "run" / "campaign.db", read_only=True).trials()
+    assert len(trials) == 24
+    for trial in trials:
+        fault = int(trial.architecture_hash, 16) % 8
+        if fault == 0:
+            assert trial.failure is not None
+            assert "time limit of 2 s" in trial.failure.reason
+            assert trial.failure.cause == "architecture"
+        elif fault == 1:
+            assert trial.failure is not None
+            assert "worker died 2 times" in trial.failure.reason
+            assert trial.failure.cause == "infrastructure"
+            assert trial.attempt == 2
+        elif fault == 3:
+            assert trial.outcome == "completed"
+            assert trial.attempt == 2
+    assert {int(t.architecture_hash, 16) % 8 for t in trials} >= {0, 1, 3}
+
+
+def test_a_process_that_cannot_start_ray_says_so(tmp_path: Path) -> None:
+    config = write_synthetic(tmp_path)
+    done = mnas(
+        "search", str(config), "executor={name: ray, workers: 2, address: 127.0.0.1:1}",
+        "--out", str(tmp_path / "run"), timeout_s=200,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "executor.address" in done.stderr
+    assert "Traceback" not in done.stderr
+
+

@@ -1,0 +1,84 @@
+"""Every command of the README runs, but those that set up a machine (`make ...`)."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def code_blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(page: str) -> list[str]:
+    """The page's shell lines without comments, `make` and the activation of the environment."""
+    lines = [line.split("  #")[0].strip() for block in code_blocks(page, "sh") for line in block.splitlines()]
+    return [line for line in lines if line and not line.startswith(("make", "source", "#"))]
+
+
+def run_lines(lines: list[str], folder: Path) -> None:
+    """Run lines in one shell, as a reader would, in a folder where docs/ and configs/ are seen."""
+    for name in ("docs", "configs"):
+        (folder / name).symlink_to(ROOT / name)
+    # The console script of the environment that runs this test.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", "\n".join(lines)],
+        cwd=folder,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        timeout=560,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
+    lines = commands("README.md")
+    assert sum(line.startswith("mnas ") for line in lines) >= 9
+    run_lines(lines, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_python_lines_of_the_readme_run(tmp_path: Path) -> None:
+    (block,) = code_blocks("README.md", "python")
+    assert len([line for line in block.splitlines() if line.strip()]) <= 10
+    done = subprocess.run(
+        [sys.executable, "-c", block],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=560,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "8 trials" in done.stdout
+
+
+def test_the_examples_of_own_parts_run_and_keep_the_contract(tmp_path: Path) -> None:
+    lines = [
+        line.replace("/tmp/own_parts", str(tmp_path / "run"))
+        for line in commands("docs/own-parts.md")
+    ]
+    assert len(lines) == 5
+    run_lines(lines, tmp_path)
+    assert (tmp_path / "run" / "report.html").exists()
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_links_between_pages_lead_somewhere(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text()
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert (ROOT / "docs" / target).exists(), target
