@@ -214,7 +214,7 @@ class LSTMPolicy:
         d_rows = d_table.reshape(-1, d_table.shape[2])
         grads["start"][...] = weight @ d_start
         grads["embedding"][...] = (d_rows @ weight.T).reshape(table.shape)
-        grads["input_weight"][...] = table.reshape(len(d_rows), -1).T @ d_rows
+        grads["input_weight"][...] = table.reshape(-1, table.shape[2]).T @ d_rows
         grads["input_weight"] += np.outer(self.weights["start"], d_start)
         return gradient
 
@@ -225,7 +225,7 @@ class LSTMPolicy:
         weight, bias = self.weights["input_weight"], self.weights["gate_bias"]
         table = self.weights["embedding"]
         rows = table.reshape(-1, table.shape[2]) @ weight + bias
-        return self.weights["start"] @ weight + bias, rows.reshape(*table.shape[:2], -1)
+        return self.weights["start"] @ weight + bias, rows.reshape(*table.shape[:2], len(bias))
 
     def _step(self, gates: Floats, hidden: Floats, cell: Floats) -> tuple[Floats, Floats, Floats]:
         """One LSTM step: the next hidden state, cell and the cell's tanh, each (n, hidden).

@@ -1,7 +1,7 @@
 """Checkpoints: trained weights, and the state that a killed training goes on from, without pickle.
 
-Both are safetensors files whose metadata says everything that is needed to use them again. They are
-written under a temporary name, flushed to disk and renamed: a reader sees a whole file or none.
+Both are safetensors files whose metadata says everything that is needed to use them again. They
+are written under a temporary name, flushed to disk and renamed: a reader sees all or nothing.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Checkpoint:
         normalisation: What the pixels are to be normalised with.
         classes: Names in the order of the logits.
         versions: Package -> version that wrote it.
-        weights: Name -> float32 array, as space/parameters.py names them: those that were evaluated
-            (averaged ones if the recipe averages).
+        weights: Name -> float32 array, as space/parameters.py names them: those that were
+            evaluated (averaged ones if the recipe averages).
     """
 
     architecture: Architecture
@@ -85,7 +85,12 @@ class SavedState:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint, replacing what is there."""
+    """Write a checkpoint, replacing what is there.
+
+    Raises:
+        ConfigError: The weights are not the network's.
+    """
+    check_weights(checkpoint.architecture, checkpoint.weights, where=str(path))
     metadata = {
         "format": _WEIGHTS_FORMAT,
         "architecture": checkpoint.architecture.text,
@@ -203,7 +208,7 @@ def versions() -> dict[str, str]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, finds the old one or the new one, never a part."""
+    """Write a file so that a reader or a crash finds the old one or the new one, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
@@ -233,7 +238,7 @@ def _read(path: Path, expected: str) -> tuple[dict[str, str], dict[str, NDArray[
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = dict(file.metadata() or {})
-            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{path}: must be a safetensors file, but is something else or damaged: {error}."

@@ -89,6 +89,11 @@ class OptimizerConfig:
         _require("decay", self.decay, 0, 1)
         _require("epsilon", self.epsilon, 1e-12, 10)
         _require("weight_decay", self.weight_decay, 0, 1)
+        if self.nesterov and (self.name != "sgd" or self.momentum == 0):
+            raise ValueError(
+                f"nesterov must be false unless the optimizer is sgd with a momentum, but got"
+                f" {self.name} with momentum {self.momentum}"
+            )
 
 
 @record

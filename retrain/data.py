@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import functools
 import gzip
+import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +20,9 @@ from numpy.typing import NDArray
 from retrain.config import AugmentConfig, DataConfig
 from space.errors import ConfigError
 from space.records import record
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 #: The arrays of one data set may take so much memory.
 MAX_ARRAY_BYTES = 8 * 2**30
@@ -54,10 +60,19 @@ class Split:
 
 @record
 class Normalisation:
-    """Pixels in [0, 255] -> (pixel / 255 - mean) / deviation, one number each for all channels."""
+    """Pixels in [0, 255] -> (pixel / 255 - mean) / deviation, one number each per channel."""
 
-    mean: float
-    deviation: float
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.mean) != len(self.deviation):
+            raise ValueError(
+                f"deviation must have as many numbers as mean ({len(self.mean)}), but got"
+                f" {len(self.deviation)}"
+            )
+        if not all(value > 0 for value in self.deviation):
+            raise ValueError(f"deviation must be > 0, but got {self.deviation}")
 
 
 class DataSet:
@@ -68,7 +83,7 @@ class DataSet:
         train: What is trained on.
         validation: Held out from the training set; chooses.
         test: Used once, at the end.
-        normalisation: Measured on the training images.
+        normalisation: Measured on the training images, at most 2,000 of them, evenly spaced.
     """
 
     def __init__(
@@ -78,9 +93,12 @@ class DataSet:
         self.train = train
         self.validation = validation
         self.test = test
-        pixels = train.images[:2000].astype(np.float64) / 255
+        # Evenly spaced: a folder's images come sorted by class.
+        sample = train.images[:: max(1, len(train) // 2000)]
+        pixels = sample.astype(np.float64) / 255
         self.normalisation = Normalisation(
-            round(float(pixels.mean()), 4), max(0.001, round(float(pixels.std()), 4))
+            tuple(round(float(mean), 4) for mean in pixels.mean(axis=(0, 2, 3))),
+            tuple(max(0.001, round(float(std), 4)) for std in pixels.std(axis=(0, 2, 3))),
         )
 
     def split(self, name: str) -> Split:
@@ -96,9 +114,12 @@ class DataSet:
 
     def normalise(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return float32 images of the same shape, normalised."""
-        scale = np.float32(1 / (255 * self.normalisation.deviation))
-        offset = np.float32(self.normalisation.mean / self.normalisation.deviation)
-        return images.astype(np.float32) * scale - offset
+        mean = np.array(self.normalisation.mean)[:, None, None]
+        deviation = np.array(self.normalisation.deviation)[:, None, None]
+        scale = (1 / (255 * deviation)).astype(np.float32)
+        offset = (mean / deviation).astype(np.float32)
+        normalised: NDArray[np.float32] = images.astype(np.float32) * scale - offset
+        return normalised
 
 
 @functools.lru_cache(maxsize=2)
@@ -106,13 +127,29 @@ def load_data(config: DataConfig, resolution: int, channels: int) -> DataSet:
     """Return a data set at a network's resolution and number of channels; loaded once a process.
 
     Raises:
-        ConfigError: The folder lacks files, a file is damaged, or the images take too much memory.
+        ConfigError: The folder lacks files, a file is damaged, the images take too much memory, or
+            there are too few of them for what is asked.
     """
+    if channels not in (1, 3):
+        raise ConfigError(
+            f"input_channels: must be 1 or 3 for images, but the network has {channels}."
+        )
     loaders = {"digits": _digits, "fashion_mnist": _fashion_mnist, "image_folder": _image_folder}
     classes, train, test = loaders[config.name](config.path or "", resolution, channels)
     kept, held_out = _stratified(train.labels, config.validation_fraction, config.split_seed)
+    if not len(held_out):
+        raise ConfigError(
+            f"data.validation_fraction: {config.validation_fraction} of {len(train)} training"
+            " images leaves none to validate on; every class needs two at least."
+        )
     if config.train_images is not None:
-        kept = np.sort(np.random.default_rng(config.split_seed).permutation(kept)[: config.train_images])
+        if config.train_images > len(kept):
+            raise ConfigError(
+                f"data.train_images: must be at most the {len(kept)} training images that are not"
+                f" held out, but got {config.train_images}."
+            )
+        rng = np.random.default_rng([config.split_seed, 1])
+        kept = np.sort(rng.permutation(kept)[: config.train_images])
     return DataSet(
         classes,
         Split(train.images[kept], train.labels[kept]),
@@ -230,17 +267,17 @@ def _read_idx(path: Path) -> NDArray[np.uint8]:
             raw = file.read()
     except FileNotFoundError:
         raise ConfigError(
-            f"data.path: {path} does not exist; the folder must hold {', '.join(_IDX_FILES.values())}"
-            " (Debian's package dataset-fashion-mnist puts them into"
-            " /usr/share/datasets/fashion-mnist)."
+            f"data.path: {path} does not exist; the folder must hold"
+            f" {', '.join(_IDX_FILES.values())} (Debian's package dataset-fashion-mnist puts"
+            " them into /usr/share/datasets/fashion-mnist)."
         ) from None
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise ConfigError(f"data.path: {path} is damaged or no gzip file: {error}.") from None
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
         raise ConfigError(f"data.path: {path} is not an idx file of unsigned bytes.")
     shape = tuple(np.frombuffer(raw, ">i4", raw[3], 4).tolist())
     values = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
-    if int(np.prod(shape)) != len(values):
+    if min(shape, default=0) < 1 or math.prod(shape) != len(values):
         raise ConfigError(
             f"data.path: {path} must hold {shape} values, but has {len(values)}: it is cut short."
         )
@@ -304,8 +341,14 @@ def _read_image(path: Path, resolution: int, channels: int) -> NDArray[np.uint8]
 
     try:
         with Image.open(path) as opened:
-            image = opened.convert("L" if channels == 1 else "RGB")
-    except (OSError, UnidentifiedImageError, SyntaxError, ValueError) as error:
+            image = _plain(opened).convert("L" if channels == 1 else "RGB")
+    except (
+        OSError,
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        SyntaxError,
+        ValueError,
+    ) as error:
         raise ConfigError(f"data.path: the image {path} cannot be read: {error}.") from None
     scale = resolution / min(image.size)
     size = (
@@ -316,6 +359,17 @@ def _read_image(path: Path, resolution: int, channels: int) -> NDArray[np.uint8]
     left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
     cropped = np.asarray(image.crop((left, top, left + resolution, top + resolution)))
     return _with_channels(cropped[None] if channels == 1 else cropped.transpose(2, 0, 1), channels)
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """An image whose conversion to gray or RGB loses nothing: 8 bits, no palette."""
+    from PIL import Image
+
+    if image.mode.startswith("I"):
+        # 16 bits per pixel; conversion would clip at 255.
+        pixels = np.asarray(image.convert("I")) >> 8
+        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+    return image.convert("RGBA") if image.mode == "P" else image
 
 
 def _resized(pixels: NDArray[np.uint8], resolution: int, channels: int) -> NDArray[np.uint8]:

@@ -56,8 +56,10 @@ def evaluation_of(logits: NDArray[np.float32], labels: NDArray[np.int32]) -> Eva
     # A tie with another class counts as wrong for the later one, as argmax has it.
     correct = logits.argmax(axis=1) == labels
     rank = (logits > own[:, None]).sum(axis=1)
-    shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
-    loss = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(n), labels]
+    # Infinite logits give a loss that is no number: the caller's sign that training diverged.
+    with np.errstate(invalid="ignore", over="ignore"):
+        shifted = logits.astype(np.float64) - logits.max(axis=1, keepdims=True)
+        loss = np.log(np.exp(shifted).sum(axis=1)) - shifted[np.arange(n), labels]
     per_class = [
         float(correct[labels == c].mean()) if (labels == c).any() else 0.0 for c in range(classes)
     ]

@@ -1,7 +1,7 @@
 """Export a checkpoint to ONNX, and prove on real images that the graph is the trained network.
 
-The graph comes from space/onnx_graph.py with the trained weights. It is run by ONNX Runtime beside the
-MindSpore network on the validation images before it is written; a graph that differs is never written.
+The graph comes from space/onnx_graph.py with the trained weights. It is run by ONNX Runtime beside
+the MindSpore network on the validation images before it is written; one that differs never is.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def export_onnx(
     if not difference <= TOLERANCE:
         raise MnasError(
             f"{path}: the exported graph's logits must be within {TOLERANCE:g} of the MindSpore"
-            f" network's, but differ by {difference:.3g} on {len(split)} validation images; nothing"
-            " was written."
+            f" network's, but differ by {difference:.3g} on {len(split)} validation images;"
+            " nothing was written."
         )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

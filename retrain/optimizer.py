@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import mindspore as ms
 import numpy as np
-from mindspore import nn, ops
+from mindspore import nn
+from numpy.typing import NDArray
 
 from retrain.config import OptimizerConfig
 
 
 def decays(name: str) -> bool:
-    """Whether weight decay is for a parameter: convolution and classifier weights, not the rest."""
+    """Whether a parameter is decayed: convolution and classifier weights are, the rest is not."""
     return name.endswith("weight")
 
 
@@ -29,8 +30,9 @@ def make_optimizer(config: OptimizerConfig, parameters: Sequence[ms.Parameter]) 
     # The groups must not change the order in which gradients are given.
     groups.append({"order_params": list(parameters)})
     if config.name == "sgd":
-        return nn.Momentum(
-            groups, learning_rate=1.0, momentum=config.momentum, use_nesterov=config.nesterov
+        # Not nn.Momentum: it ignores use_nesterov on a CPU.
+        return nn.SGD(
+            groups, learning_rate=1.0, momentum=config.momentum, nesterov=config.nesterov
         )
     return nn.RMSProp(
         groups,
@@ -48,35 +50,33 @@ def set_learning_rate(optimizer: nn.Optimizer, value: float) -> None:
         rate.set_data(ms.Tensor(value, ms.float32))
 
 
-class Averages(nn.Cell):
-    """Exponential moving averages of weights and batch-norm statistics.
+class Averages:
+    """Exponential moving averages of weights and batch-norm statistics, on the host.
 
-    average = decay * average + (1 - decay) * weight, with decay = min(ema_decay, (1 + step) / (10 + step)),
-    as TensorFlow's ExponentialMovingAverage has it with a step counter: early averages are not dominated by
-    the initial weights.
+    average = decay * average + (1 - decay) * weight
+    decay = min(ema_decay, (1 + step) / (10 + step))
+
+    as TensorFlow's ExponentialMovingAverage has it with a step counter: early averages are not
+    dominated by the initial weights. NumPy, because on a CPU the same as a graph takes four times
+    as long (8.6 against 2.3 ms a step for 105 arrays) and three seconds to compile.
     """
 
     def __init__(self, parameters: Sequence[ms.Parameter], decay: float) -> None:
-        super().__init__()
-        self.decay = decay
-        self.weights = ms.ParameterTuple(list(parameters))
-        self.averages = ms.ParameterTuple(
-            [
-                ms.Parameter(p.value().copy(), name=f"ema.{p.name}", requires_grad=False)
-                for p in parameters
-            ]
-        )
-
-    def construct(self, decay: ms.Tensor) -> ms.Tensor:
-        """Update every average; returns the decay."""
-        for average, weight in zip(self.averages, self.weights):  # noqa: B905 (graph code)
-            ops.assign(average, decay * average + (1 - decay) * weight)
-        return decay
+        self._decay = decay
+        self._parameters = list(parameters)
+        self._averages = [p.asnumpy().copy() for p in self._parameters]
 
     def step(self, step: int) -> None:
         """Take in the weights after step `step` (from 0)."""
-        self(ms.Tensor(min(self.decay, (1 + step) / (10 + step)), ms.float32))
+        share = np.float32(1 - min(self._decay, (1 + step) / (10 + step)))
+        for average, parameter in zip(self._averages, self._parameters, strict=True):
+            average += share * (parameter.asnumpy() - average)
 
-    def values(self) -> dict[str, np.ndarray]:
-        """Name of the weight -> its average, float32."""
-        return {p.name.removeprefix("ema."): p.asnumpy().copy() for p in self.averages}
+    def values(self) -> dict[str, NDArray[np.float32]]:
+        """Name of the weight -> its average, float32, a copy."""
+        pairs = zip(self._parameters, self._averages, strict=True)
+        return {p.name: average.copy() for p, average in pairs}
+
+    def restore(self, values: Mapping[str, NDArray[np.float32]]) -> None:
+        """Go on from averages that `values` gave."""
+        self._averages = [values[p.name].copy() for p in self._parameters]

@@ -7,11 +7,13 @@ import math
 from retrain.config import ScheduleConfig
 
 
-def learning_rate(config: ScheduleConfig, step: int, *, steps_per_epoch: int, epochs: int) -> float:
+def learning_rate(
+    config: ScheduleConfig, step: int, *, steps_per_epoch: int, epochs: int
+) -> float:
     """Return the learning rate of a step.
 
-    Warm-up is linear: step s of w warm-up steps (from 0) has (s + 1) / w of the peak. Then, with p the
-    share of the remaining steps that is done, in [0, 1):
+    Warm-up is linear: step s (from 0) of w warm-up steps has (s + 1) / w of the peak. Then, with p
+    the share of the remaining steps that is done, in [0, 1):
 
         cosine       min + (peak - min) * (1 + cos(pi * p)) / 2
         exponential  max(min, peak * decay_rate ** floor(epochs since the warm-up / decay_epochs))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -128,11 +129,12 @@ class TrainResult:
         self.data = data
 
 
-class _Loss(nn.Cell):
+class _Loss(nn.Cell):  # type: ignore[misc]
     """Network and loss as one graph: cross entropy with label smoothing, masked features."""
 
     def __init__(self, network: MnasNet, label_smoothing: float) -> None:
-        super().__init__()
+        # The network's parameters keep their names.
+        super().__init__(auto_prefix=False)
         self.network = network
         self.label_smoothing = label_smoothing
 
@@ -142,7 +144,7 @@ class _Loss(nn.Cell):
         return ops.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
 
-class _Clip(nn.Cell):
+class _Clip(nn.Cell):  # type: ignore[misc]
     """Gradients scaled down to a largest global norm."""
 
     def __init__(self, largest: float) -> None:
@@ -155,12 +157,16 @@ class _Clip(nn.Cell):
 
 
 def prepare_process(threads: int) -> None:
-    """Set MindSpore up for this process: GRAPH_MODE on its default device, so many CPU threads."""
+    """Set MindSpore up for this process: GRAPH_MODE on its default device, so many CPU threads.
+
+    May be called again; MindSpore makes its threads at the first computation and keeps them.
+    space/depthwise.py reads the same setting for its own.
+    """
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, str(threads))
     ms.set_context(mode=ms.GRAPH_MODE)
     if ms.context.get_context("device_target") == "CPU":
-        ms.runtime.dispatch_threads_num(threads)
+        ms.set_context(runtime_num_threads=threads)
 
 
 def warm_up(recipe: Recipe, *, threads: int) -> None:
@@ -194,9 +200,27 @@ def train(
         on_epoch: Called after every epoch with the state to go on from.
 
     Raises:
-        TrialFailed: The loss became infinite or no number, or the deadline passed.
+        TrialFailed: The loss became infinite or no number, the deadline passed, or MindSpore
+            cannot compute this network.
         ConfigError: Network and data set do not fit.
     """
+    try:
+        return _train(architecture, recipe, seed, threads, on_progress, deadline, state, on_epoch)
+    except (RuntimeError, MemoryError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TrialFailed(f"MindSpore failed: {reason}", detail=traceback.format_exc()) from error
+
+
+def _train(
+    architecture: Architecture,
+    recipe: Recipe,
+    seed: int,
+    threads: int,
+    on_progress: Callable[[TrainProgress], None] | None,
+    deadline: float | None,
+    state: TrainState | None,
+    on_epoch: Callable[[TrainState], None] | None,
+) -> TrainResult:
     started = time.monotonic()
     prepare_process(threads)
     data = load_data(recipe.data, architecture.resolution, architecture.input_channels)
@@ -274,6 +298,7 @@ class _Run:
         self._features = architecture.head_filters
         self.steps_per_epoch = len(data.train) // recipe.batch_size
         self.epoch = 0
+        self._validated = 0
         self.losses: list[float] = []
         self.accuracies: list[float] = []
         self.validation: Evaluation | None = None
@@ -296,6 +321,8 @@ class _Run:
         for index in range(self.steps_per_epoch):
             step = epoch * self.steps_per_epoch + index
             started = time.monotonic()
+            if self._deadline is not None and started > self._deadline:
+                raise TrialFailed(f"time limit reached at step {step} of {self.steps}")
             batch = train_batch(
                 self._data,
                 order[index * size : (index + 1) * size],
@@ -306,12 +333,9 @@ class _Run:
             losses.append(self._step(step, *batch))
             last = index == self.steps_per_epoch - 1
             if step == 0 or last or step % CHECK_EVERY == 0:
-                self._check(losses[-1], step)
-                self._report(epoch, step, float(losses[-1].asnumpy()), None)
+                self._report(epoch, step, self._checked(losses, step), None)
             self._note_time(time.monotonic() - started)
         self.losses.append(float(np.mean([loss.asnumpy() for loss in losses])))
-        if not math.isfinite(self.losses[-1]):
-            raise TrialFailed(f"diverged: a loss of epoch {epoch + 1} was {self.losses[-1]}")
         self.epoch = epoch + 1
         self.validation = None
 
@@ -325,8 +349,10 @@ class _Run:
             epochs=self._recipe.epochs,
         )
         set_learning_rate(self._optimizer, rate)
+        shape = (self._recipe.batch_size, self._features)
+        mask = dropout_mask(self._recipe.dropout, shape, seed=self._seed, step=step)
         loss, gradients = self._value_and_grad(
-            ms.Tensor(images), ms.Tensor(labels), ms.Tensor(self._mask(step))
+            ms.Tensor(images), ms.Tensor(labels), ms.Tensor(mask)
         )
         if self._clip is not None:
             gradients = self._clip(gradients)
@@ -335,21 +361,15 @@ class _Run:
             self._averages.step(step)
         return loss
 
-    def _mask(self, step: int) -> NDArray[np.float32]:
-        """Dropout's mask of the pooled features; the kept ones are scaled up."""
-        rate = self._recipe.dropout
-        if rate == 0:
-            return np.ones((1, 1), np.float32)
-        shape = (self._recipe.batch_size, self._features)
-        kept = np.random.default_rng([self._seed, 3, step]).random(shape, np.float32) >= rate
-        return kept.astype(np.float32) / np.float32(1 - rate)
-
-    def _check(self, loss: ms.Tensor, step: int) -> None:
-        value = float(loss.asnumpy())
-        if not math.isfinite(value):
-            raise TrialFailed(f"diverged: the loss was {value} at step {step + 1}")
-        if self._deadline is not None and time.monotonic() > self._deadline:
-            raise TrialFailed(f"time limit reached at step {step + 1} of {self.steps}")
+    def _checked(self, losses: list[ms.Tensor], step: int) -> float:
+        """The loss of the last step, if it and those since the last look are numbers."""
+        recent = losses[-CHECK_EVERY:]
+        first = step - len(recent) + 1
+        values = [float(loss.asnumpy()) for loss in recent]
+        for offset, value in enumerate(values):
+            if not math.isfinite(value):
+                raise TrialFailed(f"diverged: the loss was {value} at step {first + offset + 1}")
+        return values[-1]
 
     def _note_time(self, seconds: float) -> None:
         if self.compile_s == 0.0:
@@ -396,8 +416,15 @@ class _Run:
         )
         if trained is not None and self.epoch < self._recipe.epochs:
             set_weights(self.network, trained)
+        # A network that gives no numbers would otherwise count as one that always says class 0.
+        if not math.isfinite(evaluation.loss):
+            raise TrialFailed(
+                f"diverged: the validation loss was {evaluation.loss} after epoch {self.epoch}"
+            )
         self.validation = evaluation
-        self.accuracies.append(evaluation.top1)
+        if self.epoch > self._validated:
+            self._validated = self.epoch
+            self.accuracies.append(evaluation.top1)
         last = self.epoch * self.steps_per_epoch - 1
         self._report(self.epoch - 1, last, self.losses[-1], evaluation.top1)
         return evaluation
@@ -408,7 +435,7 @@ class _Run:
             if p.name not in arrays:
                 arrays[f"optimizer.{p.name}"] = p.asnumpy().copy()
         if self._averages is not None:
-            arrays.update({p.name: p.asnumpy().copy() for p in self._averages.averages})
+            arrays.update({f"ema.{n}": value for n, value in self._averages.values().items()})
         return TrainState(self.epoch, arrays, list(self.losses), list(self.accuracies))
 
     def restore(self, state: TrainState) -> None:
@@ -421,10 +448,23 @@ class _Run:
                 value = state.arrays[f"optimizer.{p.name}"]
                 p.set_data(ms.Tensor(value, p.dtype))
         if self._averages is not None:
-            for p in self._averages.averages:
-                p.set_data(ms.Tensor(state.arrays[p.name]))
-        self.epoch = state.epoch
+            self._averages.restore({name: state.arrays[f"ema.{name}"] for name in own})
+        self.epoch = self._validated = state.epoch
         self.losses, self.accuracies = list(state.losses), list(state.accuracies)
+
+
+def dropout_mask(
+    rate: float, shape: tuple[int, int], *, seed: int, step: int
+) -> NDArray[np.float32]:
+    """Return dropout's mask of the pooled features: 0, or 1 / (1 - rate) for the kept ones.
+
+    It depends on seed and step alone, so that a resumed training draws the same. A rate of 0 gives
+    a single 1, float32 (1, 1).
+    """
+    if rate == 0:
+        return np.ones((1, 1), np.float32)
+    kept = np.random.default_rng([seed, 3, step]).random(shape, np.float32) >= rate
+    return kept.astype(np.float32) / np.float32(1 - rate)
 
 
 def set_weights(network: nn.Cell, weights: Weights) -> None:

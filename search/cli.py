@@ -7,6 +7,7 @@ report take `--json`: one object on one line on standard output, keys as field n
 from __future__ import annotations
 
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -165,7 +166,8 @@ def status_command(folder: Folder, as_json: Json = False) -> None:
     from search.campaign import open_to_read, read_config
     from search.tables import campaign_lines, campaign_summary
 
-    summary = campaign_summary(folder, open_to_read(folder), read_config(folder))
+    with closing(open_to_read(folder)) as store:
+        summary = campaign_summary(folder, store, read_config(folder))
     if as_json:
         print_json(summary)
     else:
@@ -186,7 +188,8 @@ def top_command(
     from search.pareto import best_networks, pareto_front
     from search.tables import trial_summary, trial_table
 
-    trials = open_to_read(folder).trials(role="search")
+    with closing(open_to_read(folder)) as store:
+        trials = store.trials(role="search")
     chosen = pareto_front(trials) if front else best_networks(trials, count)
     if as_json:
         print_json({"folder": str(folder), "trials": [trial_summary(t) for t in chosen]})
@@ -208,7 +211,8 @@ def report_command(
     from search.report import write_report
 
     path = out or folder / "report.html"
-    write_report(open_to_read(folder), read_config(folder), path)
+    with closing(open_to_read(folder)) as store:
+        write_report(store, read_config(folder), path)
     if as_json:
         print_json({"report": str(path)})
     else:

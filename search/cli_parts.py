@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -303,10 +304,11 @@ def check_plugin(
 # ---------------------------------------------------------------------------- retrain
 
 DataDir = Annotated[
-    Path | None, typer.Option("--data_dir", "--data-dir", help="The data set's folder.")
+    str | None, typer.Option("--data_dir", "--data-dir", help="The data set's folder.")
 ]
-Weights = Annotated[
-    Path, typer.Option("--ckpt_path", "--ckpt-path", help="Weights (.safetensors).")
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads [all].")]
+CkptPath = Annotated[
+    Path, typer.Option("--ckpt_path", "--ckpt-path", help="A training's model.safetensors.")
 ]
 
 
@@ -322,9 +324,10 @@ def retrain(
     ] = None,
     data_dir: DataDir = None,
     out: Annotated[Path | None, typer.Option("--out", help="The result's folder.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of weights, order and masks.")] = 0,
-    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads [all].")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the one in --out.")] = False,
+    resolution: Annotated[int | None, typer.Option(help="Input pixels.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
+    threads: Threads = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where it was killed.")] = False,
     campaign: Annotated[
         Path | None, typer.Option(help="Hand over this campaign's best networks instead.")
     ] = None,
@@ -337,19 +340,26 @@ def retrain(
         return
     if config is None or arch is None:
         raise ConfigError("retrain: needs --config and --arch, or --campaign DIR.")
-    from retrain.commands import train_command
+    from retrain import __main__ as room
 
-    result = train_command(
-        config=config,
-        architecture=find_network(arch),
-        overrides=overrides or [],
-        data_dir=data_dir,
-        out=out,
-        seed=seed,
-        threads=threads,
-        resume=resume,
+    _quiet_mindspore()
+    room.train(
+        config,
+        find_network(arch).text if ":" in arch else arch,
+        overrides,
+        data_dir,
+        out,
+        resolution,
+        seed,
+        threads,
+        resume,
+        as_json,
     )
-    _print_record(result, as_json=as_json)
+
+
+def _quiet_mindspore() -> None:
+    """MindSpore's warnings about its own deprecated settings are not for the user."""
+    os.environ.setdefault("GLOG_v", "3")
 
 
 def _hand_over(folder: Path, top: int | None, *, as_json: bool) -> None:
@@ -359,9 +369,8 @@ def _hand_over(folder: Path, top: int | None, *, as_json: bool) -> None:
     from search.finalists import hand_over
     from search.progress import Progress
 
-    with open_to_write(folder) as campaign:
-        with Progress(Console(stderr=True), 0, 0, None) as progress:
-            winner = hand_over(campaign, progress, top=top)
+    with open_to_write(folder) as campaign, Progress(Console(stderr=True), 0, 0, None) as progress:
+        winner = hand_over(campaign, progress, top=top)
     if winner is None:
         raise ConfigError(f"{folder}: no network was retrained; campaign.log says why.")
     if as_json:
@@ -371,17 +380,17 @@ def _hand_over(folder: Path, top: int | None, *, as_json: bool) -> None:
 
 
 def validate(
-    ckpt_path: Weights,
+    ckpt_path: CkptPath,
+    split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
     data_dir: DataDir = None,
-    split: Annotated[str, typer.Option(help="validation or test.")] = "test",
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Evaluate trained weights on a data set's images."""
-    from retrain.commands import validate_command
+    """Evaluate trained weights on held-out images or, once, at the end, on the test set."""
+    from retrain import __main__ as room
 
-    _print_record(
-        validate_command(ckpt_path=ckpt_path, data_dir=data_dir, split=split), as_json=as_json
-    )
+    _quiet_mindspore()
+    room.validate(ckpt_path, split, data_dir, threads, as_json)
 
 
 def export(
@@ -396,21 +405,25 @@ def export(
         typer.Option("--ckpt_path", "--ckpt-path", help="Weights, in place of DIR."),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The ONNX file.")] = None,
+    data_dir: DataDir = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+    threads: Threads = None,
     as_json: Json = False,
 ) -> None:
     """Write a trained network as ONNX, checked numerically against MindSpore."""
-    from retrain.commands import export_command
+    from retrain import __main__ as room
 
-    if (folder is None) == (ckpt_path is None):
+    if folder is None and ckpt_path is not None:
+        weights, target = ckpt_path, out or ckpt_path.with_name("model.onnx")
+    elif folder is not None and ckpt_path is None:
+        number = _winner(folder) if trial is None else trial
+        weights = _trained_weights(folder, number)
+        target = out or folder / "export" / f"trial_{number}.onnx"
+    else:
         raise ConfigError("export: needs a campaign's DIR or --ckpt_path, one of them.")
-    name = "model.onnx"
-    if folder is not None:
-        trial = _winner(folder) if trial is None else trial
-        ckpt_path, name = _trained_weights(folder, trial), f"trial_{trial}.onnx"
-    assert ckpt_path is not None  # one of the two is given
-    target = out or (ckpt_path.parent if folder is None else folder / "export") / name
+    _quiet_mindspore()
     target.parent.mkdir(parents=True, exist_ok=True)
-    _print_record(export_command(ckpt_path=ckpt_path, out=target, overwrite=True), as_json=as_json)
+    room.export(weights, target, data_dir, overwrite, threads, as_json)
 
 
 def _winner(folder: Path) -> int:
@@ -428,19 +441,6 @@ def _trained_weights(folder: Path, trial: int) -> Path:
     if not weights.exists():
         raise ConfigError(
             f"{folder}: trial {trial} has no trained weights; train its network with"
-            f" `mnas retrain --config RECIPE --arch {folder}:{trial} --out"
-            f" {weights.parent}`."
+            f" `mnas retrain --config RECIPE --arch {folder}:{trial} --out {weights.parent}`."
         )
     return weights
-
-
-def _print_record(record: Any, *, as_json: bool) -> None:
-    from space.records import to_plain
-
-    plain = to_plain(record)
-    if as_json:
-        print_json(plain)
-        return
-    from rich.console import Console
-
-    _print_lines(Console(), [(key, str(value)) for key, value in plain.items()])

@@ -8,6 +8,7 @@ the process may be replaced at any time.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING
@@ -40,6 +41,9 @@ class Evaluation:
     def __post_init__(self) -> None:
         if not 0 <= self.accuracy <= 1:
             raise ValueError(f"accuracy must be in [0, 1], but got {self.accuracy!r}")
+        for name, value in self.metrics.items():
+            if not math.isfinite(value):
+                raise ValueError(f"metrics must be finite numbers, but {name} is {value!r}")
 
 
 class Evaluator(ABC):

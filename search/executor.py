@@ -18,6 +18,7 @@ from __future__ import annotations
 import collections
 import logging
 import os
+import socket
 import time
 import traceback
 from abc import ABC, abstractmethod
@@ -462,6 +463,7 @@ def _connect(config: RayConfig) -> Any:
     import ray.util
     import ray.util.scheduling_strategies
 
+    _check_reachable(config.address)
     try:
         if config.address is None:
             ray.init(
@@ -484,6 +486,24 @@ def _connect(config: RayConfig) -> Any:
             f"executor.address: cannot join Ray at {config.address!r}: {first_line}"
         ) from error
     return ray
+
+
+def _check_reachable(address: str | None) -> None:
+    """Refuse at once a cluster that nobody listens for: Ray would try for minutes.
+
+    Raises:
+        ConfigError: No connection to `host:port` within 5 s.
+    """
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdecimal():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"executor.address: no Ray cluster answers at {address!r} ({error}); start it with"
+            " `ray start --head`, or leave the address out for a local one."
+        ) from None
 
 
 def make_executor(config: SerialConfig | RayConfig, evaluator: EvaluatorChoice) -> Executor:

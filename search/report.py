@@ -167,7 +167,7 @@ def _against_target(trial: Trial, facts: Facts) -> str:
         return ""
     ratio = trial.latency_ms / facts.target_ms
     return (
-        f"{abs(ratio - 1):.1%} {'under' if ratio <= 1 else 'over'} the target of"
+        f"{100 * abs(ratio - 1):.1f} % {'under' if ratio <= 1 else 'over'} the target of"
         f" {facts.target_ms:.4g} ms"
     )
 
@@ -404,11 +404,12 @@ def _environment(facts: Facts) -> str:
         figures = {
             "median": f"{measurement.median_ms:.4g} ms",
             "95 % interval": f"{low_ms:.4g} to {high_ms:.4g} ms",
-            "IQR": f"{measurement.iqr_ms:.3g} ms, {measurement.spread:.1%} of the median:"
+            "IQR": f"{measurement.iqr_ms:.3g} ms, {100 * measurement.spread:.1f} % of the median:"
             f" {measurement.verdict}",
-            "samples": f"{len(measurement.samples_ms):,} of {measurement.inner_iterations:,}"
-            f" inferences, after {measurement.warmup_runs:,} to warm up;"
-            f" measured {measurement.attempts}×",
+            "samples": f"{len(measurement.samples_ms):,}, each the mean of"
+            f" {measurement.inner_iterations:,} inferences",
+            "before them": f"{measurement.warmup_runs:,} inferences to warm up",
+            "attempts": measurement.attempts,
             **{f"device.{name}": value for name, value in _flat(measurement.device)},
             **{f"environment.{name}": value for name, value in _flat(measurement.environment)},
         }

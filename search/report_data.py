@@ -168,7 +168,7 @@ class Facts:
 
 
 def read_facts(store: Store, config: CampaignConfig) -> Facts:
-    """Read a campaign once; a million trials take some 15 s and 1 GB."""
+    """Read a campaign once; a million trials take half a minute and 400 MB."""
     scan = _scan(store)
     shown = _choose(store, scan, config.seed)
     measured = next((t.measurement_ids[0] for t in shown.trials if t.measurement_ids), None)

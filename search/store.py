@@ -372,7 +372,7 @@ class Store:
 
         For large campaigns: a million rows take seconds and next to no memory.
         """
-        last_id = -(2**63)
+        last_id, decode = -(2**63), json.JSONDecoder().raw_decode
         while True:
             rows = self._db.execute(
                 "SELECT id, role, outcome, accuracy, metrics, reward, failure FROM trial"
@@ -380,7 +380,7 @@ class Store:
                 (last_id, _PAGE),
             ).fetchall()
             for trial_id, role, outcome, accuracy, metrics, reward, failure in rows:
-                latency_ms = json.loads(metrics).get("latency_ms") if metrics else None
+                latency_ms = decode(metrics)[0].get("latency_ms") if metrics else None
                 yield TrialFigures(trial_id, role, outcome, accuracy, latency_ms, reward, failure)
             if len(rows) < _PAGE:
                 return
@@ -427,7 +427,7 @@ class Store:
 def _row(trial: Trial) -> dict[str, Any]:
     plain = to_plain(trial)
     return {
-        name: json.dumps(plain[name])
+        name: json.dumps(plain[name], allow_nan=False)
         if name in _JSON_COLUMNS and plain[name] is not None
         else plain[name]
         for name in _COLUMNS

@@ -86,11 +86,12 @@ def test_a_measurement_says_what_was_timed_where_and_under_which_conditions() ->
     assert taken.device == device.identity()
     assert taken.graph_hash == graph_hash(SMALL)
     assert taken.metrics["model_bytes"] > 1000
+    assert 0 < taken.environment["running_share"] <= 1
     text = json.dumps(to_plain(taken), allow_nan=False)
     assert set(json.loads(text)["environment"]) == {
         "time", "hostname", "system", "python", "mnas", "onnx", "cpu_count", "load_average",
         "frequency_mhz", "governor", "temperature_c", "cores", "others_cpu_share_before",
-        "others_cpu_share", "settled", "ending", "spreads",
+        "others_cpu_share", "settled", "ending", "running_share", "spreads",
     }  # fmt: skip
 
 

@@ -480,8 +480,7 @@ def test_a_trials_number_opens_everything_about_it(visit: Visit) -> None:
     assert "measured" in detail
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize(("width", "scheme"), [(360, "light"), (1280, "dark")])
 def test_the_page_is_no_wider_than_the_screen(
     browser: Any, page_file: Path, width: int, scheme: str
 ) -> None:
