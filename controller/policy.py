@@ -21,6 +21,12 @@ from space.records import record
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
+#: Where there are few decisions, the policy still decides most of the time.
+MAX_UNIFORM_SHARE = 0.2
+
+#: The smallest probability whose logarithm is taken; normal in float32 too.
+TINY = 1e-37
+
 
 @record
 class PolicyConfig:
@@ -32,6 +38,10 @@ class PolicyConfig:
         temperature: Divides the logits; above 1 draws more evenly.
         tanh_constant: If given, logits are `tanh_constant * tanh(logits / temperature)`, so that
             no choice can be ruled out (2.5 in ENAS, Pham et al., 2018); None leaves them free.
+        exploration: On average, this many decisions of a proposal are drawn uniformly: every
+            softmax is mixed with `exploration / decisions` (at most a fifth) of the uniform
+            distribution. It cannot collapse then, and one that has settled tries the neighbours
+            of its favourite, as a mutation would. 0 leaves the softmax alone.
         init_scale: Initial weights are uniform in [-init_scale, init_scale]; 0.1 in NASNet.
     """
 
@@ -39,6 +49,7 @@ class PolicyConfig:
     embedding_size: int = 100
     temperature: float = 1.0
     tanh_constant: float | None = None
+    exploration: float = 1.0
     init_scale: float = 0.1
 
     def __post_init__(self) -> None:
@@ -54,6 +65,8 @@ class PolicyConfig:
             raise ValueError(
                 f"tanh_constant must be > 0 and finite, or null, but got {self.tanh_constant!r}"
             )
+        if not 0 <= self.exploration < np.inf:
+            raise ValueError(f"exploration must be >= 0 and finite, but got {self.exploration!r}")
         if not 0 < self.init_scale <= 10:
             raise ValueError(f"init_scale must be in (0, 10], but got {self.init_scale!r}")
 
@@ -76,6 +89,7 @@ class Evaluation:
         hidden: Floats,
         logits: Floats,
         mask: NDArray[np.bool_],
+        uniform_share: float,
     ) -> None:
         self.tokens = tokens
         self.gates = gates  # (decisions, n, 4 hidden): i, f, g, o
@@ -83,8 +97,10 @@ class Evaluation:
         self.tanh_cells = tanh_cells  # (decisions, n, hidden)
         self.hidden = hidden  # (decisions + 1, n, hidden)
         self.logits = logits  # (decisions, n, choices), padded
-        self.log_p = _log_softmax(logits, mask)
-        self.p = np.exp(self.log_p) * mask
+        self.softmax = _softmax(np.where(mask, logits, -np.inf))
+        self.p = _mix(self.softmax, uniform_share, mask / mask.sum(axis=-1, keepdims=True))
+        # Padding has p = 0, and so may a choice that the policy has ruled out.
+        self.log_p = np.log(np.maximum(self.p, TINY))
         chosen = tokens.T[:, :, None]
         self.log_probs: Floats = np.take_along_axis(self.log_p, chosen, axis=2)[:, :, 0].T
         self.entropies: Floats = -(self.p * self.log_p).sum(axis=2).T
@@ -110,6 +126,7 @@ class LSTMPolicy:
         self.num_choices = check_num_choices(num_choices)
         self.decisions = len(self.num_choices)
         choices = max(self.num_choices)
+        self._uniform_share = min(MAX_UNIFORM_SHARE, config.exploration / self.decisions)
         self._mask = np.arange(choices) < np.array(self.num_choices)[:, None, None]
         hidden, embedding = config.hidden_size, config.embedding_size
         self.shapes: dict[str, tuple[int, ...]] = {
@@ -162,13 +179,12 @@ class LSTMPolicy:
                 gates = table[d - 1, tokens[:, d - 1]]
             hidden, cell, _ = self._step(gates, hidden, cell)
             logits = self._bound(hidden @ weight[d, :, :choices] + bias[d, :, :choices])
-            logits -= logits.max(axis=1, keepdims=True)
-            cumulative = np.exp(logits).cumsum(axis=1, dtype=np.float64)
-            total = cumulative[:, -1:]
+            p = _mix(_softmax(logits), self._uniform_share, 1 / choices)
+            cumulative = p.cumsum(axis=1, dtype=np.float64)
             # The last sum is left out of the comparison: no draw can fall beyond the last choice.
-            drawn = (uniform[d] * total >= cumulative[:, :-1]).sum(axis=1)
+            drawn = (uniform[d] * cumulative[:, -1:] >= cumulative[:, :-1]).sum(axis=1)
             tokens[:, d] = drawn
-            log_prob += logits[rows, drawn] - np.log(total[:, 0])
+            log_prob += np.log(p[rows, drawn])
         return tokens, log_prob
 
     def evaluate(self, tokens: Ints) -> Evaluation:
@@ -184,7 +200,9 @@ class LSTMPolicy:
             hidden[d + 1], cells[d + 1], tanh_cells[d] = self._step(gates[d], hidden[d], cells[d])
         logits = np.matmul(hidden[1:], self.weights["output_weight"])
         logits = self._bound(logits + self.weights["output_bias"])
-        return Evaluation(tokens, gates, cells, tanh_cells, hidden, logits, self._mask)
+        return Evaluation(
+            tokens, gates, cells, tanh_cells, hidden, logits, self._mask, self._uniform_share
+        )
 
     def backward(self, evaluation: Evaluation, d_log_probs: Floats, d_entropies: Floats) -> Floats:
         """Return the gradient of a loss with respect to `parameters`, laid out like them.
@@ -255,21 +273,19 @@ class LSTMPolicy:
         self, evaluation: Evaluation, d_log_probs: Floats, d_entropies: Floats
     ) -> Floats:
         """Derivative by the raw logits, (decisions, n, choices)."""
-        p = evaluation.p
-        d_log_p = d_log_probs.T[:, :, None]
-        # log p_k: d/dlogit = onehot_k - p.   H: d/dlogit = -p (log p + H).
-        d_logits = -(d_log_p + d_entropies.T[:, :, None] * self._surprise(evaluation)) * p
-        chosen = evaluation.tokens.T[:, :, None]
-        picked = np.take_along_axis(d_logits, chosen, axis=2) + d_log_p
-        np.put_along_axis(d_logits, chosen, picked, axis=2)
+        softmax, chosen = evaluation.softmax, evaluation.tokens.T[:, :, None]
+        # By p, times the softmax: of H = -sum(p log p), and of log p where it was chosen. The
+        # quotient softmax / p is taken first, since it is bounded where 1 / p is not.
+        d_p = -d_entropies.T[:, :, None] * (evaluation.log_p + 1) * softmax
+        share = np.take_along_axis(softmax / np.maximum(evaluation.p, TINY), chosen, axis=2)
+        picked = np.take_along_axis(d_p, chosen, axis=2) + d_log_probs.T[:, :, None] * share
+        np.put_along_axis(d_p, chosen, picked, axis=2)
+        d_logits: Floats = d_p - softmax * d_p.sum(axis=2, keepdims=True)
+        d_logits *= 1 - self._uniform_share
         constant = self.config.tanh_constant
         if constant is not None:
             d_logits = d_logits * (constant * (1 - (evaluation.logits / constant) ** 2))
         return d_logits / self.config.temperature
-
-    @staticmethod
-    def _surprise(evaluation: Evaluation) -> Floats:
-        return evaluation.log_p + evaluation.entropies.T[:, :, None]
 
     def _backward_lstm(self, evaluation: Evaluation, d_hidden: Floats) -> Floats:
         """Derivative by the gates before their nonlinearity, (decisions, n, 4 hidden)."""
@@ -325,13 +341,15 @@ class Adam:
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 
 
-def _log_softmax(logits: Floats, mask: NDArray[np.bool_]) -> Floats:
-    """Log-probabilities over the last axis; 0 (not minus infinity) where `mask` is False."""
-    masked = np.where(mask, logits, -np.inf)
-    shifted = masked - masked.max(axis=-1, keepdims=True)
-    log_p = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-    result: Floats = np.where(mask, log_p, 0.0)
-    return result
+def _softmax(logits: Floats) -> Floats:
+    """Probabilities over the last axis."""
+    raised = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    return np.asarray(raised / raised.sum(axis=-1, keepdims=True))
+
+
+def _mix(softmax: Floats, uniform_share: float, uniform: NDArray[np.float64] | float) -> Floats:
+    mixed = (1 - uniform_share) * softmax + uniform_share * uniform
+    return mixed.astype(softmax.dtype, copy=False)
 
 
 def _sigmoid(values: Floats) -> Floats:

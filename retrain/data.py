@@ -158,6 +158,23 @@ def load_data(config: DataConfig, resolution: int, channels: int) -> DataSet:
     )
 
 
+def class_names(config: DataConfig) -> tuple[str, ...]:
+    """Return a data set's classes without decoding its images: a check before anything is begun.
+
+    Raises:
+        ConfigError: The folder lacks files, or one is damaged as far as a quick look shows.
+    """
+    folder = Path(config.path or "")
+    if config.name == "digits":
+        return tuple(str(digit) for digit in range(10))
+    if config.name == "fashion_mnist":
+        for file in _IDX_FILES.values():
+            _read_idx(folder / file)
+        return _FASHION_CLASSES
+    _class_folders(folder / "val")
+    return tuple(sorted(_class_folders(folder / "train")))
+
+
 def _stratified(
     labels: NDArray[np.int32], fraction: float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

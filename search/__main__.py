@@ -9,6 +9,7 @@ import errno
 import os
 import sqlite3
 import sys
+from typing import cast
 
 import typer
 
@@ -33,7 +34,8 @@ def _run() -> int:
     except MnasError as error:
         return _complain(str(error), EXIT_BAD_INPUT)
     except _UsageError as error:
-        return _complain(f"{error} See `mnas --help`.", EXIT_BAD_INPUT)
+        message = cast(typer.BadParameter, error).format_message()
+        return _complain(f"{message} See `mnas --help`.", EXIT_BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         return _complain("stopped.", EXIT_INTERRUPTED)
     except BrokenPipeError:

@@ -134,9 +134,17 @@ def open_to_write(folder: Path, overrides: Iterable[str] = ()) -> Campaign:
         ConfigError: No campaign there, another process holds it, or an override would change what
             its results mean.
     """
-    saved = read_config(folder)
-    values = apply_overrides(config_to_plain(saved), overrides)
-    return continue_with(folder, campaign_config(values, where="command line", folder=folder))
+    return continue_with(folder, resumed_config(folder, overrides))
+
+
+def resumed_config(folder: Path, overrides: Iterable[str]) -> CampaignConfig:
+    """Return a campaign's saved configuration with `key=value` overrides; needs no lock.
+
+    Raises:
+        ConfigError: The folder holds no campaign, or an override is none.
+    """
+    values = apply_overrides(config_to_plain(read_config(folder)), overrides)
+    return campaign_config(values, where="command line", folder=folder)
 
 
 def continue_with(folder: Path, wanted: CampaignConfig) -> Campaign:

@@ -7,6 +7,7 @@ report take `--json`: one object on one line on standard output, keys as field n
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,6 +18,8 @@ from search import cli_parts
 from space.errors import ConfigError
 
 if TYPE_CHECKING:
+    from search.campaign import Campaign
+    from search.config import CampaignConfig
     from search.engine import CampaignOutcome
 
 app = typer.Typer(
@@ -58,20 +61,20 @@ def search_command(
             raise ConfigError("--resume: needs --out DIR, the campaign to go on with.")
         from search.campaign import continue_with
 
-        _run(out, lambda: continue_with(out, wanted), as_json=as_json)
+        _run(out, wanted, continue_with, as_json=as_json)
         return
     from search.campaign import create
 
     folder = _free_folder(Path("runs") / wanted.name) if out is None else out
-    _run(folder, lambda: create(folder, wanted), as_json=as_json)
+    _run(folder, wanted, create, as_json=as_json)
 
 
 @app.command("resume")
 def resume_command(folder: Folder, overrides: Overrides = None, as_json: Json = False) -> None:
     """Go on with a campaign where it stopped; a raised stop.trials extends a finished one."""
-    from search.campaign import open_to_write
+    from search.campaign import continue_with, resumed_config
 
-    _run(folder, lambda: open_to_write(folder, overrides or []), as_json=as_json)
+    _run(folder, resumed_config(folder, overrides or []), continue_with, as_json=as_json)
 
 
 def _free_folder(folder: Path) -> Path:
@@ -83,7 +86,14 @@ def _free_folder(folder: Path) -> Path:
     return candidate
 
 
-def _run(folder: Path, opener: Any, *, as_json: bool) -> None:
+def _run(
+    folder: Path,
+    config: CampaignConfig,
+    opener: Callable[[Path, CampaignConfig], Campaign],
+    *,
+    as_json: bool,
+) -> None:
+    """Run a campaign that `opener` creates or opens, with progress for people."""
     from rich.console import Console
 
     from search.engine import run
@@ -91,9 +101,9 @@ def _run(folder: Path, opener: Any, *, as_json: bool) -> None:
     from search.progress import Progress
 
     console = Console(stderr=as_json)
-    with opener() as campaign:
-        lines = [*describe(campaign.config, Parts(campaign.config)), ("folder", str(folder))]
-        _print_lines(console, lines)
+    parts = Parts(config)
+    with opener(folder, config) as campaign:
+        _print_lines(console, [*describe(parts), ("folder", str(folder))])
         store = campaign.store
         best = store.trials(role="search", best=1)
         pending = store.counts().get("pending", 0)
@@ -101,7 +111,7 @@ def _run(folder: Path, opener: Any, *, as_json: bool) -> None:
         progress = Progress(console, campaign.config.stop.trials, done, best[0] if best else None)
         try:
             with progress:
-                outcome = run(campaign, progress)
+                outcome = run(campaign, parts, progress)
         except KeyboardInterrupt:
             console.print(
                 f"\nStopped. Nothing is lost; go on with: mnas resume {folder}", soft_wrap=True

@@ -23,7 +23,7 @@ from search import campaign as folders
 from search.campaign import Campaign
 from search.config import CampaignConfig
 from search.finalists import LineWatcher, hand_over
-from search.loop import Search, Watcher
+from search.loop import Parts, Search, Watcher
 from search.trial import Trial
 from space.records import record
 
@@ -87,8 +87,9 @@ def start(
         ConfigError: The folder or a part of the configuration does not work.
         KeyboardInterrupt: Stopped; what is committed stays, `resume` goes on.
     """
+    parts = Parts(config)
     with folders.create(folder, config) as campaign:
-        return run(campaign, watcher or Silent())
+        return run(campaign, parts, watcher or Silent())
 
 
 def resume(
@@ -100,17 +101,18 @@ def resume(
         ConfigError: No campaign there, it is in use, or an override may not change.
         KeyboardInterrupt: As `start`.
     """
-    with folders.open_to_write(folder, overrides) as campaign:
-        return run(campaign, watcher or Silent())
+    config = folders.resumed_config(folder, overrides)
+    with folders.continue_with(folder, config) as campaign:
+        return run(campaign, Parts(config), watcher or Silent())
 
 
-def run(campaign: Campaign, watcher: CampaignWatcher) -> CampaignOutcome:
+def run(campaign: Campaign, parts: Parts, watcher: CampaignWatcher) -> CampaignOutcome:
     """Run an open campaign to its end: search, hand-over, report."""
     from search.report import write_report
 
     with _log_file(campaign.folder / "campaign.log"), _terminable():
         logger.info("campaign %s in %s", campaign.config.name, campaign.folder)
-        search = Search(campaign, watcher)
+        search = Search(campaign, parts, watcher)
         stop_reason = search.run()
         logger.info("search ended: %s", stop_reason)
         winner = None

@@ -21,8 +21,15 @@ from controller.base import Controller, Proposal, Result, state_from_bytes, stat
 from controller.registry import make_controller
 from latency.device import LatencyMeter, make_meter
 from latency.measurement import fingerprint
+from retrain.data import class_names
 from search.campaign import Campaign
-from search.config import CampaignConfig, PluginConfig, RayConfig, load_class
+from search.config import (
+    CampaignConfig,
+    PluginConfig,
+    RayConfig,
+    TrainEvaluatorConfig,
+    load_class,
+)
 from search.evaluation import make_evaluator
 from search.executor import Executor, Finished, Job, make_executor
 from search.objective import LATENCY, Objective
@@ -57,7 +64,11 @@ class Watcher(Protocol):
 
 
 class Parts:
-    """The objects that a configuration stands for, made once."""
+    """The objects that a configuration stands for, made once, before a folder is touched.
+
+    Raises:
+        ConfigError: A part cannot be made: a space, a class, a device or data that is not there.
+    """
 
     def __init__(self, config: CampaignConfig) -> None:
         self.config = config
@@ -69,6 +80,42 @@ class Parts:
         )
         self.meter: LatencyMeter | None = _make_meter(config)
         self.epochs = make_evaluator(config.evaluator, threads=1).epochs
+        self.reference = self._reference()
+        self._check_data()
+        self.controller(Objective(config.objective, config.objective.target_ms or 1.0))
+
+    def _reference(self) -> Architecture | None:
+        """The network whose latency the target is a multiple of, for this space's images."""
+        target = self.config.objective.target
+        if target is None:
+            return None
+        if self.meter is None:
+            raise ConfigError(
+                "objective.target: a reference network needs a device to be measured on, but"
+                " there is none; give target_ms."
+            )
+        space = self.space.config
+        return adapt(
+            find_architecture(target.reference),
+            resolution=space.resolution,
+            classes=space.classes,
+            input_channels=space.input_channels,
+        )
+
+    def _check_data(self) -> None:
+        """Look for the data sets before anything is spent."""
+        recipes = []
+        if isinstance(self.config.evaluator, TrainEvaluatorConfig):
+            recipes.append(("evaluator", self.config.evaluator.recipe))
+        if self.config.retrain is not None:
+            recipes.append(("retrain", self.config.retrain.recipe))
+        for key, recipe in recipes:
+            classes = class_names(recipe.data)
+            if len(classes) != self.space.config.classes:
+                raise ConfigError(
+                    f"{key}.recipe.data: {recipe.data.name} has {len(classes)} classes, but the"
+                    f" space has {self.space.config.classes}; set space.classes."
+                )
 
     def controller(self, objective: Objective) -> Controller:
         """Return the controller, new, with the campaign's first random stream."""
@@ -112,15 +159,16 @@ class Search:
 
     Args:
         campaign: Open for writing.
+        parts: Made from the campaign's configuration.
         watcher: Is told of every step.
     """
 
-    def __init__(self, campaign: Campaign, watcher: Watcher) -> None:
+    def __init__(self, campaign: Campaign, parts: Parts, watcher: Watcher) -> None:
         self.campaign = campaign
         self.config = campaign.config
         self.store = campaign.store
         self.watcher = watcher
-        self.parts = Parts(campaign.config)
+        self.parts = parts
         self.objective = Objective(self.config.objective, self._target_ms())
         self._originals = {
             (trial.architecture_hash, trial.epochs): trial
@@ -418,19 +466,9 @@ class Search:
         if known is not None:
             return float(known)
         assert objective.target is not None  # ObjectiveConfig demands one of the two
-        meter = self.parts.meter
-        if meter is None:
-            raise ConfigError(
-                "objective.target: a reference network needs a device to be measured on, but"
-                " device is null; give target_ms."
-            )
-        space = self.parts.space.config
-        reference = adapt(
-            find_architecture(objective.target.reference),
-            resolution=space.resolution,
-            classes=space.classes,
-            input_channels=space.input_channels,
-        )
+        meter, reference = self.parts.meter, self.parts.reference
+        assert meter is not None  # Parts refuses a target without a device
+        assert reference is not None  # there is a target
         try:
             measurement_id, metrics = self._measurement(meter, reference)
         except MeasurementError as error:
@@ -468,8 +506,9 @@ def _result(trial: Trial) -> Result:
     )
 
 
-def describe(config: CampaignConfig, parts: Parts) -> list[tuple[str, str]]:
+def describe(parts: Parts) -> list[tuple[str, str]]:
     """Return (label, text) lines that say what a campaign is about to do."""
+    config = parts.config
     executor = config.executor
     workers = "in this process"
     if isinstance(executor, RayConfig):

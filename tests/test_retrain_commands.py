@@ -1,0 +1,364 @@
+"""Commands: a folder per training, never overwritten; evaluation; export; the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import filelock
+import numpy as np
+import onnx
+import pytest
+from retrain_parts import TINY, TINY_RECIPE, TINY_TEXT
+
+from retrain import commands, export
+from retrain.checkpoint import load_checkpoint, load_state, save_checkpoint
+from retrain.commands import (
+    TrainReport,
+    export_command,
+    network_for,
+    train_command,
+    validate_command,
+)
+from retrain.config import load_recipe
+from space.errors import ConfigError, MnasError
+from space.records import to_plain
+
+QUIET = {**os.environ, "GLOG_v": "3"}
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("recipe") / "tiny.yaml"
+    path.write_text(TINY_RECIPE)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def folder(recipe: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished training."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    train_command(recipe, TINY_TEXT, out=out, seed=2, threads=1)
+    return out
+
+
+def test_a_trainings_folder_holds_what_was_asked_and_what_came_out(
+    folder: Path, recipe: str
+) -> None:
+    names = {path.name for path in folder.iterdir()} - {".lock"}
+    assert names == {
+        "recipe.yaml", "architecture.txt", "model.safetensors", "result.json", "train.log",
+    }  # fmt: skip
+    assert load_recipe(str(folder / "recipe.yaml")) == load_recipe(recipe)
+    assert (folder / "architecture.txt").read_text() == TINY.text + "\n"
+    assert "epoch 3 of 3" in (folder / "train.log").read_text()
+    result = json.loads((folder / "result.json").read_text())
+    assert result.keys() == {field.name for field in dataclasses.fields(TrainReport)}
+    checkpoint = load_checkpoint(folder / "model.safetensors")
+    assert checkpoint.validation_accuracy == result["validation_accuracy"]
+    assert (checkpoint.architecture, checkpoint.seed, checkpoint.epochs) == (TINY, 2, 3)
+
+
+def test_a_finished_training_is_not_overwritten(folder: Path, recipe: str) -> None:
+    before = (folder / "result.json").read_bytes()
+    with pytest.raises(ConfigError, match="holds a finished training already"):
+        train_command(recipe, TINY_TEXT, out=folder, seed=2, threads=1)
+    assert (folder / "result.json").read_bytes() == before
+
+
+def test_resuming_a_finished_training_returns_its_report(folder: Path, recipe: str) -> None:
+    report = train_command(recipe, TINY_TEXT, out=folder, seed=2, threads=1, resume=True)
+    assert to_plain(report) == json.loads((folder / "result.json").read_text())
+
+
+def test_resuming_as_another_training_lists_every_difference(folder: Path, recipe: str) -> None:
+    other = TINY_TEXT.replace("head16", "head24")
+    with pytest.raises(ConfigError) as caught:
+        train_command(
+            recipe, other, out=folder, seed=3, resume=True, overrides=["optimizer.momentum=0.8"]
+        )
+    for part in ("architecture is", "seed is 2, not 3", "optimizer.momentum is 0.9, not 0.8"):
+        assert part in str(caught.value)
+
+
+def test_an_unfinished_training_is_only_touched_to_resume_it(tmp_path: Path, recipe: str) -> None:
+    (tmp_path / "recipe.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"holds an unfinished training already \(recipe.yaml\)"):
+        train_command(recipe, TINY_TEXT, out=tmp_path)
+
+
+def test_a_folder_that_another_process_trains_into_is_refused(tmp_path: Path, recipe: str) -> None:
+    with (
+        filelock.FileLock(tmp_path / ".lock"),
+        pytest.raises(ConfigError, match="another process is training into this folder"),
+    ):
+        train_command(recipe, TINY_TEXT, out=tmp_path)
+
+
+def test_a_file_in_the_folders_place_is_refused(tmp_path: Path, recipe: str) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="cannot be used as a folder"):
+        train_command(recipe, TINY_TEXT, out=tmp_path / "file")
+
+
+def test_a_published_network_gets_the_datas_classes_and_channels(recipe: str) -> None:
+    network = network_for("mnasnet-a1", load_recipe(recipe), resolution=32)
+    assert (network.classes, network.input_channels, network.resolution) == (10, 1, 32)
+    assert network_for(TINY_TEXT, load_recipe(recipe)) == TINY
+
+
+# ---------------------------------------------------------------------------- validate, export
+
+
+def test_validating_a_checkpoint_gives_the_accuracy_of_its_training(folder: Path) -> None:
+    report = validate_command(folder / "model.safetensors", threads=1)
+    result = json.loads((folder / "result.json").read_text())
+    assert report.top1 == result["validation_accuracy"]
+    assert report.loss == pytest.approx(result["validation_loss"], rel=1e-5)
+    assert report.images == result["validation_images"]
+
+
+def test_the_test_split_is_another_one(folder: Path) -> None:
+    report = validate_command(folder / "model.safetensors", split="test", threads=1)
+    assert (report.split, report.images) == ("test", 364)
+    assert report.per_class_top1.keys() == set("0123456789")
+
+
+def test_another_split_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="--split: must be validation or test, but got 'train'"):
+        validate_command(folder / "model.safetensors", split="train")  # type: ignore[arg-type]
+
+
+def test_a_data_folder_for_digits_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="--data_dir: path must be left out for digits"):
+        validate_command(folder / "model.safetensors", data_dir="/somewhere")
+
+
+def test_a_data_set_of_other_classes_is_refused(folder: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(folder / "model.safetensors")
+    renamed = dataclasses.replace(checkpoint, classes=("zero", *checkpoint.classes[1:]))
+    save_checkpoint(tmp_path / "m", renamed)
+    with pytest.raises(ConfigError, match=r"classes must be those of the checkpoint.* 0, zero"):
+        validate_command(tmp_path / "m")
+
+
+def test_an_exported_graph_is_the_trained_network(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "model.onnx"
+    report = export_command(folder / "model.safetensors", out, threads=1)
+    assert report.max_abs_difference <= 1e-4
+    assert report.onnx_top1 == report.mindspore_top1
+    assert report.size_bytes == out.stat().st_size
+    result = json.loads((folder / "result.json").read_text())
+    assert report.mindspore_top1 == result["validation_accuracy"]
+    model = onnx.load(out)
+    onnx.checker.check_model(model)
+    metadata = {entry.key: entry.value for entry in model.metadata_props}
+    assert json.loads(metadata["classes"]) == list("0123456789")
+    assert json.loads(metadata["normalisation"]).keys() == {"mean", "deviation"}
+    assert float(metadata["validation_accuracy"]) == result["validation_accuracy"]
+
+
+def test_an_export_is_not_overwritten_unasked(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.onnx"
+    out.write_bytes(b"mine")
+    with pytest.raises(ConfigError, match=r"is there already.*--overwrite"):
+        export_command(folder / "model.safetensors", out)
+    assert out.read_bytes() == b"mine"
+    export_command(folder / "model.safetensors", out, overwrite=True, threads=1)
+    onnx.checker.check_model(onnx.load(out))
+
+
+def test_a_graph_that_differs_is_never_written(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = export.onnx_logits
+
+    def wrong(*arguments: object, **names: object) -> np.ndarray:
+        return right(*arguments, **names) + np.float32(2e-4)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(export, "onnx_logits", wrong)
+    with pytest.raises(MnasError, match=r"must be within 0\.0001.*nothing was written"):
+        export_command(folder / "model.safetensors", tmp_path / "m.onnx", threads=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+def run(*arguments: str, status: int = 0, cwd: Path | None = None) -> str:
+    """Run `python -m retrain`, check its exit status, return standard output or error."""
+    done = subprocess.run(
+        [sys.executable, "-m", "retrain", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=QUIET,
+        cwd=cwd,
+    )
+    assert done.returncode == status, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stdout if status == 0 else done.stderr
+
+
+def test_the_command_line_trains_validates_and_exports(tmp_path: Path, recipe: str) -> None:
+    out = tmp_path / "out"
+    printed = run(
+        "train", "--config", recipe, "--arch", TINY_TEXT, "--out", str(out), "--seed", "1",
+        "--threads", "1", "--json", "epochs=1",
+    )  # fmt: skip
+    report = json.loads(printed)
+    assert printed.count("\n") == 1
+    assert report["epochs"] == 1
+    weights = str(out / "model.safetensors")
+    validated = json.loads(run("validate", "--ckpt_path", weights, "--json"))
+    assert validated["top1"] == report["validation_accuracy"]
+    exported = run("export", "--ckpt_path", weights, "--out", str(tmp_path / "m.onnx"))
+    assert "largest difference" in exported
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--config", "digits"), "--arch"),
+        (("--config", "digit", "--arch", TINY_TEXT), "did you mean 'digits'?"),
+        (("--config", "digits", "--arch", "mnasnet-a"), "did you mean 'mnasnet-a"),
+        (("--config", "digits", "--arch", TINY_TEXT, "epoch=3"), "did you mean 'epochs'?"),
+        (("--config", "digits", "--arch", TINY_TEXT, "--threads", "0"), "--threads: must be >= 1"),
+        (("--config", "digits", "--arch", TINY_TEXT, "--seed", "-1"), "--seed: must be in"),
+        (
+            ("--config", "fashion_mnist", "--arch", TINY_TEXT, "--data_dir", "/none"),
+            "dataset-fashion-mnist",
+        ),
+        (("--config", "digits", "--arch", TINY_TEXT.replace("c10", "c7")), "the network has 7"),
+    ],
+)
+def test_bad_input_ends_in_a_sentence_and_status_2(
+    arguments: tuple[str, ...], sentence: str, tmp_path: Path
+) -> None:
+    complaint = run("train", *arguments, status=2, cwd=tmp_path)
+    assert sentence in complaint
+    assert complaint.startswith("retrain: ")
+
+
+def started(recipe: str, out: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "retrain", "train", "--config", recipe, "--arch", TINY_TEXT, "--out",
+        str(out), "--threads", "1", *more,
+    ]  # fmt: skip
+
+
+def wait_until(happened: object, timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not happened():  # type: ignore[operator]
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.05)
+
+
+def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been(
+    tmp_path: Path, recipe: str
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    command = started(recipe, out, "epochs=40")
+    process = subprocess.Popen(command, env=QUIET, stdout=subprocess.PIPE)
+    try:
+        wait_until((out / "state.safetensors").exists)
+    finally:
+        process.kill()
+        process.communicate(timeout=30)
+    assert not (out / "result.json").exists()
+    done = load_state(out / "state.safetensors").epoch
+    assert 1 <= done < 40
+    resumed = json.loads(run(*command[3:], "--resume", "--json"))
+    assert done <= resumed["resumed_at_epoch"] < 40
+    report = train_command(recipe, TINY_TEXT, out=whole, threads=1, overrides=["epochs=40"])
+    assert len(resumed["losses"]) == 40
+    np.testing.assert_allclose(resumed["losses"][:done], report.losses[:done], rtol=1e-5)
+    # Sums may differ in the last digit; training carries that on.
+    np.testing.assert_allclose(resumed["losses"], report.losses, rtol=0.02)
+    assert abs(resumed["validation_accuracy"] - report.validation_accuracy) < 0.03
+
+
+def test_ctrl_c_ends_a_training_in_order_and_says_how_to_go_on(
+    tmp_path: Path, recipe: str
+) -> None:
+    out = tmp_path / "out"
+    command = started(recipe, out, "epochs=2000")
+    process = subprocess.Popen(
+        command, env=QUIET, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_until((out / "state.safetensors").exists)
+        process.send_signal(signal.SIGINT)
+        _, complaint = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "--resume" in complaint
+    assert "Traceback" not in complaint
+
+
+PARENT = """
+import os, subprocess, sys, time
+child = subprocess.Popen(sys.argv[1:], env={**os.environ, "MNAS_PARENT_PID": str(os.getpid())})
+print(child.pid, flush=True)
+time.sleep(300)
+"""
+
+
+def test_a_training_dies_with_its_parent(tmp_path: Path, recipe: str) -> None:
+    out = tmp_path / "out"
+    command = started(recipe, out, "epochs=100000")
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, *command], env=QUIET, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert parent.stdout is not None
+        child = Path(f"/proc/{parent.stdout.readline().strip()}")
+        wait_until((out / "recipe.yaml").exists)
+        assert child.exists()
+    finally:
+        parent.kill()
+        parent.wait(timeout=30)
+    wait_until(lambda: not child.exists() or "Z" in (child / "stat").read_text().split()[2], 20)
+    parent.stdout.close()
+
+
+def test_a_training_whose_parent_is_gone_already_does_not_begin(
+    tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(QUIET, "MNAS_PARENT_PID", "1")
+    run("train", "--config", recipe, "--arch", TINY_TEXT, "--out", str(tmp_path / "o"), status=1)
+    assert not (tmp_path / "o").exists()
+
+
+def test_help_loads_no_framework() -> None:
+    code = (
+        "import sys; sys.argv = ['retrain', '--help']\n"
+        "from retrain.__main__ import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'mindspore', 'onnx', 'onnxruntime', 'sklearn'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip().endswith("[]")
+
+
+def test_the_default_folder_names_recipe_network_and_seed(
+    tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def stop(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands, "_train_into", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train_command(recipe, TINY_TEXT, seed=9)
+    assert (tmp_path / "runs" / f"retrain-tiny-{TINY.hash[:8]}-seed9" / "recipe.yaml").exists()

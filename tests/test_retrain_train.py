@@ -1,0 +1,265 @@
+"""The training loop: repeatable, resumable, and honest about failures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mindspore as ms
+import numpy as np
+import pytest
+from mindspore import nn
+from retrain_parts import TINY, TINY_RECIPE, TINY_TEXT
+
+from retrain import train as loop
+from retrain.config import AugmentConfig, DataConfig, Recipe
+from retrain.data import DataSet, Split, train_batch
+from retrain.evaluate import evaluate, evaluation_of, logits_of
+from retrain.train import TrainProgress, TrainState, dropout_mask, train
+from space.architecture import parse_architecture
+from space.errors import ConfigError, TrialFailed
+from space.records import build, parse_yaml
+
+RECIPE = build(Recipe, parse_yaml(TINY_RECIPE, where="tiny"), where="tiny")
+TESTS = Path(__file__).parent
+
+IN_ANOTHER_PROCESS = """
+import hashlib, json, sys
+from retrain_parts import TINY, TINY_RECIPE
+from retrain.config import Recipe
+from retrain.train import train
+from space.records import build, parse_yaml
+
+recipe = build(Recipe, parse_yaml(TINY_RECIPE, where="tiny"), where="tiny")
+result = train(TINY, recipe, seed=int(sys.argv[1]), threads=1)
+weights = b"".join(result.weights[name].tobytes() for name in sorted(result.weights))
+digest = hashlib.sha256(weights).hexdigest()
+print(json.dumps([result.accuracy, result.losses, digest]))
+"""
+
+
+def trained_elsewhere(seed: int) -> list[object]:
+    done = subprocess.run(
+        [sys.executable, "-c", IN_ANOTHER_PROCESS, str(seed)],
+        capture_output=True,
+        text=True,
+        timeout=250,
+        cwd=TESTS,
+        check=True,
+    )
+    found: list[object] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def test_the_same_seed_gives_the_same_network_in_another_process_and_another_seed_does_not() -> (
+    None
+):
+    first, again, other = (trained_elsewhere(seed) for seed in (7, 7, 8))
+    assert first == again
+    assert first[1] != other[1]
+
+
+@dataclasses.dataclass
+class Watched:
+    """A whole training with everything that it told."""
+
+    result: loop.TrainResult
+    states: list[TrainState]
+    progress: list[TrainProgress]
+
+
+@pytest.fixture(scope="module")
+def watched() -> Watched:
+    states: list[TrainState] = []
+    progress: list[TrainProgress] = []
+    result = train(
+        TINY, RECIPE, seed=3, threads=1, on_progress=progress.append, on_epoch=states.append
+    )
+    return Watched(result, states, progress)
+
+
+def test_a_training_learns_and_reports_every_epoch(watched: Watched) -> None:
+    result = watched.result
+    assert result.steps == 30
+    assert len(result.losses) == len(result.accuracies) == 3
+    assert result.losses[-1] < result.losses[0]
+    assert result.accuracy == result.accuracies[-1] == result.validation.top1
+    assert result.accuracy > 0.3
+    assert result.validation.images == len(result.data.validation)
+    assert result.images_per_s > 0
+
+
+def test_progress_counts_steps_to_the_last_and_estimates_the_rest(watched: Watched) -> None:
+    steps = [p.step for p in watched.progress]
+    assert steps == sorted(steps)
+    assert (steps[0], steps[-1], watched.progress[-1].steps) == (1, 30, 30)
+    assert [p.accuracy for p in watched.progress if p.accuracy is not None] == (
+        watched.result.accuracies
+    )
+    assert watched.progress[-1].seconds_left == 0
+
+
+def test_the_kept_weights_are_those_that_were_evaluated(watched: Watched) -> None:
+    result = watched.result
+    held = {p.name: p.asnumpy() for p in result.network.get_parameters()}
+    assert held.keys() == result.weights.keys()
+    assert all(np.array_equal(held[name], result.weights[name]) for name in held)
+    again = evaluate(result.network, result.data, result.data.validation, 64)
+    assert again.top1 == result.accuracy
+
+
+def test_a_resumed_training_ends_where_the_whole_one_did(watched: Watched) -> None:
+    resumed = train(TINY, RECIPE, seed=3, threads=1, state=watched.states[0])
+    whole = watched.result
+    assert resumed.losses[0] == whole.losses[0]
+    np.testing.assert_allclose(resumed.losses, whole.losses, rtol=1e-5)
+    for name, value in whole.weights.items():
+        np.testing.assert_allclose(resumed.weights[name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_resuming_a_finished_training_only_evaluates_it(watched: Watched) -> None:
+    resumed = train(TINY, RECIPE, seed=3, threads=1, state=watched.states[-1])
+    assert resumed.accuracies == watched.result.accuracies
+    assert resumed.accuracy == watched.result.accuracy
+
+
+def test_images_that_are_no_numbers_fail_the_trial_and_name_the_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(
+        data: DataSet, indices: np.ndarray, augment: AugmentConfig, *, seed: int, step: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = train_batch(data, indices, augment, seed=seed, step=step)
+        return (images * np.float32(np.nan) if step == 2 else images), labels
+
+    monkeypatch.setattr(loop, "train_batch", broken)
+    with pytest.raises(TrialFailed, match="diverged: the loss was nan at step 3") as caught:
+        train(TINY, RECIPE, seed=0, threads=1)
+    assert caught.value.cause == "architecture"
+
+
+def test_a_passed_deadline_fails_the_trial() -> None:
+    with pytest.raises(TrialFailed, match="time limit reached at step 0 of 30"):
+        train(TINY, RECIPE, seed=0, threads=1, deadline=time.monotonic() - 1)
+
+
+def test_what_mindspore_cannot_compute_fails_the_trial_with_its_trace(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*arguments: object, **names: object) -> None:
+        raise RuntimeError("no such kernel\nand much more")
+
+    monkeypatch.setattr(loop, "build_network", fail)
+    with pytest.raises(TrialFailed, match=r"^MindSpore failed: no such kernel$") as caught:
+        train(TINY, RECIPE, seed=0, threads=1)
+    assert "and much more" in caught.value.detail
+
+
+def test_a_network_for_other_classes_is_refused() -> None:
+    other = parse_architecture(TINY_TEXT.replace("c10", "c12"))
+    with pytest.raises(ConfigError, match="classes: the network has 12, but the data set digits"):
+        train(other, RECIPE, seed=0, threads=1)
+
+
+def test_a_batch_larger_than_the_training_set_is_refused() -> None:
+    with pytest.raises(ConfigError, match="batch_size must be at most the 640 training images"):
+        train(TINY, dataclasses.replace(RECIPE, batch_size=641), seed=0, threads=1)
+
+
+def test_preparing_a_process_twice_is_harmless() -> None:
+    loop.warm_up(RECIPE, threads=1)
+    loop.warm_up(RECIPE, threads=2)
+    loop.prepare_process(1)
+
+
+# ---------------------------------------------------------------------------- parts
+
+
+def test_dropouts_mask_keeps_its_share_scaled_up_and_is_drawn_again_alike() -> None:
+    mask = dropout_mask(0.2, (100, 100), seed=1, step=5)
+    assert set(np.unique(mask)) == {0, np.float32(1.25)}
+    # 10,000 draws: six standard deviations (0.024) are passed with a probability below 1e-8.
+    assert abs((mask == 0).mean() - 0.2) < 0.024
+    assert np.array_equal(mask, dropout_mask(0.2, (100, 100), seed=1, step=5))
+    assert not np.array_equal(mask, dropout_mask(0.2, (100, 100), seed=1, step=6))
+    assert dropout_mask(0.0, (100, 100), seed=1, step=5).tolist() == [[1.0]]
+
+
+class Given(nn.Cell):  # type: ignore[misc]
+    """Stands for a network whose logits are its input."""
+
+    def features(self, x: ms.Tensor) -> ms.Tensor:
+        """The input."""
+        return x
+
+    def classify(self, x: ms.Tensor) -> ms.Tensor:
+        """The input."""
+        return x
+
+
+def test_the_loss_is_the_cross_entropy_with_smoothed_labels() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(6, 4)).astype(np.float32)
+    labels = np.array([0, 1, 2, 3, 1, 1], np.int32)
+    mask = rng.uniform(0.5, 1.5, (6, 4)).astype(np.float32)
+    loss = loop._Loss(Given(), 0.3)
+    found = loss(ms.Tensor(logits), ms.Tensor(labels), ms.Tensor(mask)).asnumpy()
+    masked = (logits * mask).astype(np.float64)
+    log_probabilities = masked - np.log(np.exp(masked).sum(axis=1, keepdims=True))
+    targets = np.full((6, 4), 0.3 / 4) + 0.7 * np.eye(4)[labels]
+    assert found == pytest.approx(-(targets * log_probabilities).sum(axis=1).mean(), rel=1e-5)
+
+
+def test_gradients_are_clipped_to_their_global_norm_and_small_ones_left_alone() -> None:
+    clip = loop._Clip(1.0)
+    large = clip((ms.Tensor(np.array([3.0], np.float32)), ms.Tensor(np.array([4.0], np.float32))))
+    np.testing.assert_allclose([g.asnumpy()[0] for g in large], [0.6, 0.8], rtol=1e-5)
+    small = clip((ms.Tensor(np.array([0.3], np.float32)), ms.Tensor(np.array([0.4], np.float32))))
+    np.testing.assert_allclose([g.asnumpy()[0] for g in small], [0.3, 0.4], rtol=1e-5)
+
+
+def test_an_evaluations_figures_are_those_counted_by_hand() -> None:
+    logits = np.array(
+        [[5, 1, 0, 0, 0, 0], [1, 5, 0, 0, 0, 0], [6, 5, 4, 3, 2, 1], [0, 0, 9, 0, 0, 0]],
+        np.float32,
+    )
+    found = evaluation_of(logits, np.array([0, 1, 5, 1], np.int32))
+    assert found.top1 == 0.5
+    assert found.images == 4
+    # The third image's class is the sixth; the fourth's ties for the second place.
+    assert found.top5 == 0.75
+    assert found.per_class_top1 == (1.0, 0.5, 0.0, 0.0, 0.0, 0.0)
+    probabilities = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    expected = -np.log(probabilities[np.arange(4), [0, 1, 5, 1]]).mean()
+    assert found.loss == pytest.approx(expected, rel=1e-6)
+
+
+def test_infinite_logits_show_in_the_loss() -> None:
+    logits = np.array([[np.inf, 0], [0, 1]], np.float32)
+    assert np.isnan(evaluation_of(logits, np.array([1, 1], np.int32)).loss)
+
+
+class Mean(nn.Cell):  # type: ignore[misc]
+    """Two logits: the mean of the image and its opposite."""
+
+    def construct(self, x: ms.Tensor) -> ms.Tensor:
+        """(n, channels, size, size) -> (n, 2)."""
+        mean = x.mean((1, 2, 3))
+        return ms.ops.stack((mean, -mean), 1)
+
+
+def test_every_image_is_evaluated_once_though_the_last_batch_is_filled_up() -> None:
+    images = np.arange(10, dtype=np.uint8).reshape(10, 1, 1, 1) * 20
+    split = Split(images, np.zeros(10, np.int32))
+    data = DataSet(("a", "b"), split, split, split)
+    for batch_size in (1, 4, 10, 64):
+        logits = logits_of(Mean(), data, split, batch_size)
+        np.testing.assert_allclose(logits[:, 0], data.normalise(images)[:, 0, 0, 0], rtol=1e-6)
+
+
+def test_reading_the_data_ahead_of_need_needs_a_recipe_only() -> None:
+    loop.warm_up(Recipe(DataConfig("digits"), 1), threads=1)
