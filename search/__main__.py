@@ -35,7 +35,7 @@ def _run() -> int:
         return _complain(str(error), EXIT_BAD_INPUT)
     except _UsageError as error:
         message = cast(typer.BadParameter, error).format_message()
-        return _complain(f"{message} See `mnas --help`.", EXIT_BAD_INPUT)
+        return _complain(f"{message.rstrip('.')}. See `mnas --help`.", EXIT_BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         return _complain("stopped.", EXIT_INTERRUPTED)
     except BrokenPipeError:

@@ -79,6 +79,7 @@ def space_show(
     arch: Arch,
     width: Annotated[float, typer.Option(help="Multiplier of stem and blocks.")] = 1.0,
     resolution: Annotated[int | None, typer.Option(help="Input pixels.")] = None,
+    svg: Annotated[Path | None, typer.Option(help="Draw it into this file.")] = None,
     as_json: Json = False,
 ) -> None:
     """Print a network's stages with shapes, parameters and multiply-adds."""
@@ -87,6 +88,10 @@ def space_show(
 
     network = adapt(find_network(arch), width=width, resolution=resolution)
     cost, stages = count(network), stage_table(network)
+    if svg is not None:
+        from space.drawing import architecture_svg
+
+        svg.write_text(architecture_svg(network), encoding="utf-8")
     if as_json:
         print_json(
             {

@@ -197,8 +197,9 @@ class HandOver:
         }
 
     def _last_json(self, lines: Sequence[str]) -> dict[str, Any]:
-        value: dict[str, Any] = json.loads(lines[-1])
-        return value
+        """The object that a command printed; a framework may have warned after it."""
+        found: dict[str, Any] = json.loads(next(x for x in reversed(lines) if x.startswith("{")))
+        return found
 
     def _run(self, arguments: Sequence[str]) -> list[str]:
         """Run a command of the retrain room to its end and return the lines that it printed.
