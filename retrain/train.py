@@ -285,16 +285,19 @@ class _Run:
         self._seed = seed
         self._deadline = deadline
         self._on_progress = on_progress
+        self._trained = build_network(architecture, recipe.style, seed=seed)
+        # A network of its own for evaluations: once parameters that a compiled training graph holds
+        # were set from outside, further steps no longer show in them.
         self.network = build_network(architecture, recipe.style, seed=seed)
-        parameters = list(self.network.trainable_params())
+        parameters = list(self._trained.trainable_params())
         self._optimizer = make_optimizer(recipe.optimizer, parameters)
         self._value_and_grad = ms.value_and_grad(
-            _Loss(self.network, recipe.label_smoothing), None, parameters
+            _Loss(self._trained, recipe.label_smoothing), None, parameters
         )
         self._clip = None if recipe.clip_norm is None else _Clip(recipe.clip_norm)
         self._averages = None
         if recipe.ema_decay is not None:
-            self._averages = Averages(list(self.network.get_parameters()), recipe.ema_decay)
+            self._averages = Averages(list(self._trained.get_parameters()), recipe.ema_decay)
         self._features = architecture.head_filters
         self.steps_per_epoch = len(data.train) // recipe.batch_size
         self.epoch = 0
@@ -315,7 +318,7 @@ class _Run:
 
     def train_epoch(self, epoch: int) -> None:
         recipe, size = self._recipe, self._recipe.batch_size
-        self.network.set_train(True)
+        self._trained.set_train(True)
         order = epoch_order(len(self._data.train), seed=self._seed, epoch=epoch)
         losses: list[ms.Tensor] = []
         for index in range(self.steps_per_epoch):
@@ -404,19 +407,21 @@ class _Run:
 
     def evaluated_weights(self) -> Weights:
         """The weights that are evaluated and kept."""
-        return network_weights(self.network) if self._averages is None else self._averages.values()
+        return (
+            network_weights(self._trained) if self._averages is None else self._averages.values()
+        )
 
     def validate(self) -> Evaluation:
         """Evaluate on the validation images, with averaged weights if there are any."""
-        trained = network_weights(self.network) if self._averages is not None else None
-        if trained is not None:
-            set_weights(self.network, self.evaluated_weights())
+        weights = self.evaluated_weights()
+        # ReLU makes 0 of what is no number: a diverged network may still give a finite loss.
+        bad = [name for name, value in weights.items() if not np.isfinite(value).all()]
+        if bad:
+            raise TrialFailed(f"diverged: {bad[0]} was not finite after epoch {self.epoch}")
+        set_weights(self.network, weights)
         evaluation = evaluate(
             self.network, self._data, self._data.validation, self._recipe.eval_batch_size
         )
-        if trained is not None and self.epoch < self._recipe.epochs:
-            set_weights(self.network, trained)
-        # A network that gives no numbers would otherwise count as one that always says class 0.
         if not math.isfinite(evaluation.loss):
             raise TrialFailed(
                 f"diverged: the validation loss was {evaluation.loss} after epoch {self.epoch}"
@@ -430,7 +435,7 @@ class _Run:
         return evaluation
 
     def state(self) -> TrainState:
-        arrays: dict[str, NDArray[Any]] = dict(network_weights(self.network))
+        arrays: dict[str, NDArray[Any]] = dict(network_weights(self._trained))
         for p in self._optimizer.get_parameters():
             if p.name not in arrays:
                 arrays[f"optimizer.{p.name}"] = p.asnumpy().copy()
@@ -439,10 +444,8 @@ class _Run:
         return TrainState(self.epoch, arrays, list(self.losses), list(self.accuracies))
 
     def restore(self, state: TrainState) -> None:
-        set_weights(
-            self.network, {p.name: state.arrays[p.name] for p in self.network.get_parameters()}
-        )
-        own = {p.name for p in self.network.get_parameters()}
+        own = {p.name for p in self._trained.get_parameters()}
+        set_weights(self._trained, {name: state.arrays[name] for name in own})
         for p in self._optimizer.get_parameters():
             if p.name not in own:
                 value = state.arrays[f"optimizer.{p.name}"]

@@ -205,7 +205,9 @@ def top_command(
         print_json({"folder": str(folder), "trials": [trial_summary(t) for t in chosen]})
     else:
         title = "Pareto front" if front else f"best {len(chosen)} networks"
-        Console().print(trial_table(chosen, f"{title} of {folder}"))
+        console = Console()
+        console.print(trial_table(chosen, f"{title} of {folder}"))
+        _print_lines(console, [(f"trial {trial.id}", trial.architecture) for trial in chosen])
 
 
 @app.command("report")

@@ -103,21 +103,23 @@ def space_show(
         )
         return
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=f"{arch}  ({network.hash})", title_justify="left")
-    for name in ("stage", "block"):
-        table.add_column(name)
-    for name in ("input", "output", "parameters", "multiply-adds"):
-        table.add_column(name, justify="right")
+    from search.tables import plain_table
+
+    table = plain_table(
+        f"{arch}  ({network.hash})",
+        ["output", "parameters", "multiply-adds"],
+        ["stage"],
+        ["block"],
+    )
+    table.add_row("input", _shape(stages[0].input_shape), "", "", "")
     for stage in stages:
         table.add_row(
             stage.name,
-            stage.text,
-            _shape(stage.input_shape),
             _shape(stage.output_shape),
             f"{stage.parameters:,}",
             f"{stage.macs:,}",
+            stage.text,
         )
     console = Console()
     console.print(table)

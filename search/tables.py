@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from search.campaign import is_running
@@ -83,10 +84,8 @@ def campaign_summary(folder: Path, store: Store, config: CampaignConfig) -> dict
 
 def trial_table(trials: Sequence[Trial], title: str) -> Table:
     """Return trials as a table; counts are printed in full."""
-    table = Table(title=title, title_justify="left")
-    for name in ("trial", "reward", "accuracy", "latency ms", "parameters", "multiply-adds"):
-        table.add_column(name, justify="right")
-    table.add_column("architecture", overflow="fold")
+    figures = ["trial", "reward", "accuracy", "latency ms", "parameters", "multiply-adds"]
+    table = plain_table(title, figures, [], ["hash"])
     for trial in trials:
         row = trial_summary(trial)
         table.add_row(
@@ -96,8 +95,22 @@ def trial_table(trials: Sequence[Trial], title: str) -> Table:
             _figure(trial.latency_ms, ".3f"),
             _figure(row["parameters"], ","),
             _figure(row["macs"], ","),
-            trial.architecture,
+            trial.architecture_hash,
         )
+    return table
+
+
+def plain_table(
+    title: str, figures: Sequence[str], labels: Sequence[str], texts: Sequence[str]
+) -> Table:
+    """Return an empty table: labels, figures to the right, texts; figures are never cut."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for name in labels:
+        table.add_column(name, no_wrap=True)
+    for name in figures:
+        table.add_column(name, justify="right", no_wrap=True)
+    for name in texts:
+        table.add_column(name, overflow="fold")
     return table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from space.architecture import Architecture, parse_architecture
 
-TINY_TEXT = "stem4_s11 | r1_k3_s22_e1_i4_o8_se0.25_noskip | head16 | r8 | c10 | in1"
+TINY_TEXT = "stem8_s11 | r1_k3_s22_e3_i8_o16_se0.25_noskip | head48 | r8 | c10 | in1"
 TINY: Architecture = parse_architecture(TINY_TEXT)
 
 TINY_RECIPE = """

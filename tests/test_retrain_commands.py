@@ -78,7 +78,7 @@ def test_resuming_a_finished_training_returns_its_report(folder: Path, recipe: s
 
 
 def test_resuming_as_another_training_lists_every_difference(folder: Path, recipe: str) -> None:
-    other = TINY_TEXT.replace("head16", "head24")
+    other = TINY_TEXT.replace("head48", "head24")
     with pytest.raises(ConfigError) as caught:
         train_command(
             recipe, other, out=folder, seed=3, resume=True, overrides=["optimizer.momentum=0.8"]

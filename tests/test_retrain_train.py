@@ -93,6 +93,14 @@ def test_a_training_learns_and_reports_every_epoch(watched: Watched) -> None:
     assert result.images_per_s > 0
 
 
+def test_validating_after_every_epoch_does_not_change_the_training(watched: Watched) -> None:
+    plain = train(TINY, RECIPE, seed=3, threads=1)
+    assert plain.losses == watched.result.losses
+    assert plain.accuracies == watched.result.accuracies[-1:]
+    for name, value in watched.result.weights.items():
+        assert np.array_equal(plain.weights[name], value)
+
+
 def test_progress_counts_steps_to_the_last_and_estimates_the_rest(watched: Watched) -> None:
     steps = [p.step for p in watched.progress]
     assert steps == sorted(steps)
@@ -118,7 +126,7 @@ def test_a_resumed_training_ends_where_the_whole_one_did(watched: Watched) -> No
     assert resumed.losses[0] == whole.losses[0]
     np.testing.assert_allclose(resumed.losses, whole.losses, rtol=1e-5)
     for name, value in whole.weights.items():
-        np.testing.assert_allclose(resumed.weights[name], value, rtol=1e-3, atol=1e-5)
+        np.testing.assert_allclose(resumed.weights[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_resuming_a_finished_training_only_evaluates_it(watched: Watched) -> None:
@@ -127,7 +135,7 @@ def test_resuming_a_finished_training_only_evaluates_it(watched: Watched) -> Non
     assert resumed.accuracy == watched.result.accuracy
 
 
-def test_images_that_are_no_numbers_fail_the_trial_and_name_the_step(
+def test_images_that_are_no_numbers_fail_the_trial(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     def broken(
@@ -137,9 +145,20 @@ def test_images_that_are_no_numbers_fail_the_trial_and_name_the_step(
         return (images * np.float32(np.nan) if step == 2 else images), labels
 
     monkeypatch.setattr(loop, "train_batch", broken)
-    with pytest.raises(TrialFailed, match="diverged: the loss was nan at step 3") as caught:
+    with pytest.raises(TrialFailed, match=r"diverged: stem\.norm\.moving_\w+ was not") as caught:
         train(TINY, RECIPE, seed=0, threads=1)
     assert caught.value.cause == "architecture"
+
+
+def test_a_loss_that_is_no_number_fails_the_trial_and_names_the_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken(rate: float, shape: tuple[int, int], *, seed: int, step: int) -> np.ndarray:
+        return np.full(shape, np.nan if step == 2 else 1, np.float32)
+
+    monkeypatch.setattr(loop, "dropout_mask", broken)
+    with pytest.raises(TrialFailed, match="diverged: the loss was nan at step 3"):
+        train(TINY, RECIPE, seed=0, threads=1)
 
 
 def test_a_passed_deadline_fails_the_trial() -> None:
