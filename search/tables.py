@@ -85,7 +85,7 @@ def campaign_summary(folder: Path, store: Store, config: CampaignConfig) -> dict
 def trial_table(trials: Sequence[Trial], title: str) -> Table:
     """Return trials as a table; counts are printed in full."""
     figures = ["trial", "reward", "accuracy", "latency ms", "parameters", "multiply-adds"]
-    table = plain_table(title, figures, [], ["hash"])
+    table = plain_table(title, figures)
     for trial in trials:
         row = trial_summary(trial)
         table.add_row(
@@ -95,16 +95,15 @@ def trial_table(trials: Sequence[Trial], title: str) -> Table:
             _figure(trial.latency_ms, ".3f"),
             _figure(row["parameters"], ","),
             _figure(row["macs"], ","),
-            trial.architecture_hash,
         )
     return table
 
 
 def plain_table(
-    title: str, figures: Sequence[str], labels: Sequence[str], texts: Sequence[str]
+    title: str, figures: Sequence[str], labels: Sequence[str] = (), texts: Sequence[str] = ()
 ) -> Table:
     """Return an empty table: labels, figures to the right, texts; figures are never cut."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for name in labels:
         table.add_column(name, no_wrap=True)
     for name in figures:
