@@ -463,6 +463,8 @@ def _connect(config: RayConfig) -> Any:
     import ray.util
     import ray.util.scheduling_strategies
 
+    # Its remarks about a cluster's defaults are not for the user of a campaign; errors still come.
+    logging.getLogger("ray").setLevel(logging.ERROR)
     _check_reachable(config.address)
     try:
         if config.address is None:
