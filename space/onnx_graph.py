@@ -1,7 +1,7 @@
 """Architecture -> ONNX graph, written directly: no training framework, batch norms folded.
 
-Latency does not depend on weights, so a graph for timing has random ones; a graph for deployment has
-trained ones, by the names of space/parameters.py. The batch is dynamic. Input `input`: float32
+Latency does not depend on weights, so a graph for timing has random ones; a graph for deployment
+has trained ones, by the names of space/parameters.py. The batch is dynamic. Input `input`: float32
 (batch, channels, resolution, resolution), normalised; output `logits`: float32 (batch, classes).
 """
 

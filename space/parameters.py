@@ -1,4 +1,4 @@
-"""The parameters of a network by name and shape: what cells, graphs, checkpoints and converters share.
+"""Parameters by name and shape: what cells, graphs, checkpoints and converters share.
 
 stem.conv.weight                     (filters, input channels, 3, 3)
 stem.norm.gamma|beta|moving_mean|moving_variance

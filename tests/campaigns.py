@@ -59,7 +59,10 @@ def mnas(
     return subprocess.run(
         mnas_command(*arguments),
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(TESTS) + os.pathsep + os.environ.get("PYTHONPATH", "")},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(TESTS) + os.pathsep + os.environ.get("PYTHONPATH", ""),
+        },
         capture_output=True,
         text=True,
         timeout=timeout_s,
@@ -72,7 +75,10 @@ def start_mnas(*arguments: str, cwd: Path | None = None) -> subprocess.Popen[str
     return subprocess.Popen(
         mnas_command(*arguments),
         cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(TESTS) + os.pathsep + os.environ.get("PYTHONPATH", "")},
+        env={
+            **os.environ,
+            "PYTHONPATH": str(TESTS) + os.pathsep + os.environ.get("PYTHONPATH", ""),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -33,7 +33,9 @@ class FaultyEvaluator(Evaluator):
     def warm_up(self) -> None:
         pass
 
-    def evaluate(self, architecture: Architecture, *, seed: int, time_limit_s: float) -> Evaluation:
+    def evaluate(
+        self, architecture: Architecture, *, seed: int, time_limit_s: float
+    ) -> Evaluation:
         number = int(architecture.hash, 16) % 8
         fault = self._faults[number] if number < len(self._faults) else None
         if fault == "diverge":
@@ -63,7 +65,9 @@ class FaultyDevice(LatencyMeter):
     def identity(self) -> dict[str, Any]:
         return {"name": "faulty", "kind": "test"}
 
-    def measure(self, architecture: Architecture, style: NetworkStyle = PAPER_STYLE) -> Measurement:
+    def measure(
+        self, architecture: Architecture, style: NetworkStyle = PAPER_STYLE
+    ) -> Measurement:
         with self._log.open("a") as file:
             file.write(f"{architecture.hash}\n")
         if int(architecture.hash, 16) % 4 == 0:

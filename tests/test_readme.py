@@ -20,7 +20,11 @@ def code_blocks(page: str, language: str) -> list[str]:
 
 def commands(page: str) -> list[str]:
     """The page's shell lines without comments, `make` and the activation of the environment."""
-    lines = [line.split("  #")[0].strip() for block in code_blocks(page, "sh") for line in block.splitlines()]
+    lines = [
+        line.split("  #")[0].strip()
+        for block in code_blocks(page, "sh")
+        for line in block.splitlines()
+    ]
     return [line for line in lines if line and not line.startswith(("make", "source", "#"))]
 
 

@@ -202,10 +202,12 @@ def test_plain_values_survive_yaml(value: Any) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=60))
 def test_any_text_is_parsed_or_refused_with_a_sentence(text: str) -> None:
+    refused = ""
     try:
         parse_yaml(text, where="x.yaml")
     except ConfigError as error:
-        assert str(error).startswith("x.yaml:")
+        refused = str(error)
+    assert not refused or refused.startswith("x.yaml:")
 
 
 def test_overrides_replace_nested_values_without_touching_the_original() -> None:

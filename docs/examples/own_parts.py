@@ -91,7 +91,9 @@ class DepthEvaluator(Evaluator):
     def warm_up(self) -> None:
         pass
 
-    def evaluate(self, architecture: Architecture, *, seed: int, time_limit_s: float) -> Evaluation:
+    def evaluate(
+        self, architecture: Architecture, *, seed: int, time_limit_s: float
+    ) -> Evaluation:
         layers = len(architecture.layers())
         noise = float(np.random.default_rng(seed).normal(0.0, 0.01))
         accuracy = min(1.0, max(0.0, 0.5 + 0.03 * layers + self._bonus + noise))
@@ -110,7 +112,9 @@ class MacsDevice(LatencyMeter):
     def identity(self) -> dict[str, Any]:
         return {"name": "macs", "kind": "made up", "ms_per_million": self._ms_per_million}
 
-    def measure(self, architecture: Architecture, style: NetworkStyle = PAPER_STYLE) -> Measurement:
+    def measure(
+        self, architecture: Architecture, style: NetworkStyle = PAPER_STYLE
+    ) -> Measurement:
         median = count(architecture).macs / 1e6 * self._ms_per_million
         return Measurement(
             samples_ms=(median, median, median),
