@@ -258,7 +258,9 @@ def load_campaign_config(name_or_path: str, overrides: Iterable[str] = ()) -> Ca
         ConfigError: Anything in it is not as this module's records say.
     """
     path = find_config(name_or_path, "search")
-    values = apply_overrides(load_yaml(path), overrides)
+    # Names first, so that `device.threads=2` reaches into the device that a name stands for.
+    named = _resolve_names(load_yaml(path), path.parent)
+    values = apply_overrides(named, overrides)
     return campaign_config(values, where=str(path), folder=path.parent)
 
 
@@ -271,19 +273,26 @@ def campaign_config(values: dict[str, Any], *, where: str, folder: Path) -> Camp
     Raises:
         ConfigError: See `load_campaign_config`.
     """
-    resolved = dict(values)
+    resolved = _resolve_names(values, folder)
     for key in ("controller", "evaluator", "device"):
         resolved[key] = _plugin_keys(resolved.get(key), f"{where}: {key}")
         if resolved[key] is None:
             del resolved[key]
+    return build(CampaignConfig, resolved, where=where)
+
+
+def _resolve_names(values: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """A device's or recipe's name or path replaced by what its file holds."""
+    resolved = dict(values)
     device = resolved.get("device")
     if isinstance(device, str):
         resolved["device"] = load_yaml(find_config(device, "device", relative_to=folder))
-    retrain = resolved.get("retrain")
-    if isinstance(retrain, dict) and isinstance(retrain.get("recipe"), str):
-        path = find_config(retrain["recipe"], "retrain", relative_to=folder)
-        resolved["retrain"] = {**retrain, "recipe": load_yaml(path)}
-    return build(CampaignConfig, resolved, where=where)
+    for key in ("evaluator", "retrain"):
+        part = resolved.get(key)
+        if isinstance(part, dict) and isinstance(part.get("recipe"), str):
+            path = find_config(part["recipe"], "retrain", relative_to=folder)
+            resolved[key] = {**part, "recipe": load_yaml(path)}
+    return resolved
 
 
 def _plugin_keys(part: Any, where: str) -> Any:
