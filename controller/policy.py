@@ -22,7 +22,7 @@ Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
 #: Where there are few decisions, the policy still decides most of the time.
-MAX_UNIFORM_SHARE = 0.2
+MAX_UNIFORM_SHARE = 0.1
 
 #: The smallest probability whose logarithm is taken; normal in float32 too.
 TINY = 1e-37
@@ -39,7 +39,7 @@ class PolicyConfig:
         tanh_constant: If given, logits are `tanh_constant * tanh(logits / temperature)`, so that
             no choice can be ruled out (2.5 in ENAS, Pham et al., 2018); None leaves them free.
         exploration: On average, this many decisions of a proposal are drawn uniformly: every
-            softmax is mixed with `exploration / decisions` (at most a fifth) of the uniform
+            softmax is mixed with `exploration / decisions` (at most a tenth) of the uniform
             distribution. It cannot collapse then, and one that has settled tries the neighbours
             of its favourite, as a mutation would. 0 leaves the softmax alone.
         init_scale: Initial weights are uniform in [-init_scale, init_scale]; 0.1 in NASNet.
@@ -159,6 +159,7 @@ class LSTMPolicy:
         """Mean entropy per decision of the uniform distribution, nats."""
         return float(np.mean(np.log(self.num_choices)))
 
+    @np.errstate(over="ignore")  # see _sigmoid; entered once, since it is slow
     def sample(self, n: int, rng: np.random.Generator) -> tuple[Ints, NDArray[np.float64]]:
         """Draw tokens.
 
@@ -187,6 +188,7 @@ class LSTMPolicy:
             log_prob += np.log(p[rows, drawn])
         return tokens, log_prob
 
+    @np.errstate(over="ignore")
     def evaluate(self, tokens: Ints) -> Evaluation:
         """Return log-probabilities and entropies of `tokens`, int64 (n, decisions)."""
         n = len(tokens)
@@ -353,9 +355,8 @@ def _mix(softmax: Floats, uniform_share: float, uniform: NDArray[np.float64] | f
 
 
 def _sigmoid(values: Floats) -> Floats:
-    """Logistic function, in place; far out it is exactly 0 or 1."""
+    """Logistic function, in place; far out exp() overflows, and it is exactly 0."""
     np.negative(values, out=values)
-    with np.errstate(over="ignore"):
-        np.exp(values, out=values)
+    np.exp(values, out=values)
     values += 1
     return np.reciprocal(values, out=values)

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from controller.base import (
     Controller,
@@ -37,9 +39,6 @@ from space.records import record
 #: The policy's numbers. Half the memory traffic of float64, which is most of an update's time.
 DTYPE = np.float32
 
-#: Largest factor by which the guard against collapse raises the entropy's weight.
-MAX_GUARD = 100.0
-
 #: Bounds exp() of a late result's log-ratio; far outside any clip range.
 MAX_LOG_RATIO = 20.0
 
@@ -49,34 +48,33 @@ class PPOConfig:
     """How the policy learns.
 
     Attributes:
-        learning_rate: Of Adam. From 3e-3 on the policy collapses.
-        clip_range: How far a decision's probability ratio may move per update.
+        learning_rate: Of Adam.
+        clip_range: How far the probability ratio of a trial's tokens may move per update. Wider
+            than the usual 0.2, since the ratio is a product over all decisions.
         epochs: Passes over a batch's results.
         minibatch_size: Trials per step of Adam; None takes the whole batch.
-        entropy_weight: Weight of the entropy bonus relative to an advantage of one standard
-            deviation. It decides: too small, and the policy soon repeats itself; too large, and
+        entropy_weight: Weight of the entropy bonus relative to an advantage of one spread of the
+            rewards. It decides: too small, and the policy soon repeats itself; too large, and
             it stays near random search.
         entropy_weight_final: If given, the weight falls linearly to it over `entropy_trials`.
         entropy_trials: Trials learned from until the final weight is reached.
-        min_entropy: Guard against collapse: below this share of the largest possible entropy the
-            weight grows in proportion to the shortfall. 0 turns it off.
-        baseline_decay: Share of the old baseline (and scale) kept at each update.
-        failure_advantage: Advantage of an outcome without a reward, in standard deviations; < 0.
+        baseline_decay: Share of the old mean and spread of the rewards kept at each *trial*: 0.75
+            makes batches of 16 their own baseline and compares single trials with the last few.
+        failure_advantage: Advantage of an outcome without a reward, in spreads of rewards; < 0.
         max_gradient_norm: Longer gradients are cut to this.
         max_staleness: Results of proposals made more than this many updates ago are dropped.
-        policy: The network that draws tokens.
+        policy: The network that draws tokens; its `exploration` guards against collapse.
     """
 
     name: Literal["ppo"] = "ppo"
-    learning_rate: float = 1e-3
-    clip_range: float = 0.2
+    learning_rate: float = 4e-3
+    clip_range: float = 0.5
     epochs: int = 4
     minibatch_size: int | None = None
     entropy_weight: float = 0.1
     entropy_weight_final: float | None = None
     entropy_trials: int = 1000
-    min_entropy: float = 0.1
-    baseline_decay: float = 0.9
+    baseline_decay: float = 0.75
     failure_advantage: float = -1.0
     max_gradient_norm: float = 1.0
     max_staleness: int = 8
@@ -97,7 +95,6 @@ class PPOConfig:
             final is None or 0 <= final <= 100,
         )  # fmt: skip
         _check("entropy_trials", self.entropy_trials, ">= 1", self.entropy_trials >= 1)
-        _check("min_entropy", self.min_entropy, "in [0, 1)", 0 <= self.min_entropy < 1)
         _check("baseline_decay", self.baseline_decay, "in [0, 1)", 0 <= self.baseline_decay < 1)
         failed = self.failure_advantage
         _check("failure_advantage", failed, "in [-100, 0)", -100 <= failed < 0)
@@ -215,6 +212,7 @@ class PPO(Controller):
         self.num_choices = check_num_choices(num_choices)
         self.policy = LSTMPolicy(config.policy, self.num_choices, rng, dtype=DTYPE)
         self._rng = rng
+        self._threads = ThreadpoolController()
         self._adam = Adam(self.policy.parameters)
         self._scale = RewardScale(config.baseline_decay)
         self._next_id = 0
@@ -227,7 +225,8 @@ class PPO(Controller):
         """Draw `n` proposals from the policy as it is; networks may repeat."""
         if n < 1:
             raise ValueError(f"n must be >= 1, but got {n!r}")
-        tokens, log_prob = self.policy.sample(n, self._rng)
+        with self._one_blas_thread():
+            tokens, log_prob = self.policy.sample(n, self._rng)
         proposals = [
             Proposal(self._next_id + k, tuple(row), value)
             for k, (row, value) in enumerate(zip(tokens.tolist(), log_prob.tolist(), strict=True))
@@ -251,7 +250,8 @@ class PPO(Controller):
                 )
         fresh = self._take_fresh(results)
         if fresh:
-            self._learn(fresh)
+            with self._one_blas_thread():
+                self._learn(fresh)
             self._updates += 1
             self._learned += len(fresh)
         self._diagnostics["dropped"] = float(len(results) - len(fresh))
@@ -323,6 +323,13 @@ class PPO(Controller):
 
     # ------------------------------------------------------------------ learning
 
+    def _one_blas_thread(self) -> AbstractContextManager[object]:
+        """A matrix product's last bit depends on the number of threads, which the environment of
+        a resumed campaign may set otherwise; these products are too small to gain from threads.
+        """
+        limit: AbstractContextManager[object] = self._threads.limit(limits=1, user_api="blas")
+        return limit
+
     def _take_fresh(self, results: Sequence[Result]) -> list[Result]:
         """The results that are neither too old nor a second one; they are open no longer."""
         oldest = self._updates - self.config.max_staleness
@@ -368,7 +375,7 @@ class PPO(Controller):
         evaluation = self.policy.evaluate(tokens)
         entropy = float(evaluation.entropies.mean())
         share = entropy / self.policy.max_entropy if self.policy.max_entropy else 1.0
-        entropy_weight = self._entropy_weight(share)
+        entropy_weight = self._entropy_weight()
         surrogate = Surrogate(
             evaluation,
             old_log_prob=old_log_prob,
@@ -392,13 +399,10 @@ class PPO(Controller):
             "gradient_norm": norm,
         }
 
-    def _entropy_weight(self, share: float) -> float:
-        """The scheduled weight, raised where the entropy's share of the largest is too small."""
+    def _entropy_weight(self) -> float:
         config = self.config
         weight = config.entropy_weight
         if config.entropy_weight_final is not None:
             progress = min(1.0, self._learned / config.entropy_trials)
             weight += progress * (config.entropy_weight_final - weight)
-        if share < config.min_entropy:
-            weight *= config.min_entropy / max(share, config.min_entropy / MAX_GUARD)
         return weight

@@ -286,8 +286,8 @@ class _Run:
         self._deadline = deadline
         self._on_progress = on_progress
         self._trained = build_network(architecture, recipe.style, seed=seed)
-        # A network of its own for evaluations: once parameters that a compiled training graph holds
-        # were set from outside, further steps no longer show in them.
+        # A network of its own for evaluations: once parameters that a compiled training graph
+        # holds were set from outside, its further steps no longer show in them.
         self.network = build_network(architecture, recipe.style, seed=seed)
         parameters = list(self._trained.trainable_params())
         self._optimizer = make_optimizer(recipe.optimizer, parameters)

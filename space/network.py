@@ -1,4 +1,4 @@
-"""Architecture -> MindSpore cell, for GRAPH_MODE; parameters are named as space/parameters.py says.
+"""Architecture -> MindSpore cell, for GRAPH_MODE; parameters bear the names of space.parameters.
 
 Dropout is not in the network: it belongs to the recipe, whose training loop masks the pooled
 features between `features` and `classify`.
@@ -92,16 +92,22 @@ class PoolSkip(nn.Cell):
 
     def __init__(self, layer: Layer, style: NetworkStyle) -> None:
         super().__init__()
-        self.symmetric = style.padding == "symmetric"
-        self.pool = nn.MaxPool2d(3, layer.stride, "valid" if self.symmetric else "same")
+        # The two paddings differ only here: `same` adds a row behind, `symmetric` one before
+        # (and one behind that no window reaches).
+        even = layer.stride == 2 and layer.input_size % 2 == 0
+        self.shifted = style.padding == "symmetric" and even
+        self.pool = nn.MaxPool2d(3, layer.stride, "valid" if self.shifted else "same")
         self.missing = max(0, layer.output_filters - layer.input_filters)
         self.kept = min(layer.input_filters, layer.output_filters)
 
     def construct(self, x: ms.Tensor) -> ms.Tensor:
         """(batch, in, height, width) -> (batch, out, height / stride, width / stride)."""
-        if self.symmetric:
-            # The border never counts as a value.
-            x = ops.pad(x, (1, 1, 1, 1), "constant", -3.0e38)
+        if self.shifted:
+            # Lower than any value. Not ops.pad: its gradient on a CPU may never return
+            # (MindSpore 2.10).
+            batch, channels, rows, columns = x.shape
+            x = ops.cat((ops.full((batch, channels, 1, columns), -3.0e38, dtype=x.dtype), x), 2)
+            x = ops.cat((ops.full((batch, channels, rows + 1, 1), -3.0e38, dtype=x.dtype), x), 3)
         x = self.pool(x)[:, : self.kept]
         if self.missing:
             shape = (x.shape[0], self.missing, x.shape[2], x.shape[3])

@@ -8,11 +8,11 @@ TINY_TEXT = "stem8_s11 | r1_k3_s22_e3_i8_o16_se0.25_noskip | head48 | r8 | c10 |
 TINY: Architecture = parse_architecture(TINY_TEXT)
 
 TINY_RECIPE = """
-data: {name: digits, validation_fraction: 0.2, train_images: 640}
+data: {name: digits, validation_fraction: 0.2}
 epochs: 3
-batch_size: 64
+batch_size: 32
 eval_batch_size: 100
-schedule: {learning_rate: 0.03}
+schedule: {learning_rate: 0.05}
 ema_decay: 0.9
 dropout: 0.1
 augment: {shift: 1}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -54,7 +56,7 @@ def test_counts_agree_with_the_parameters_themselves(space_name: str) -> None:
 def test_the_stages_hand_their_shapes_on() -> None:
     stages = stage_table(published("mnasnet-a1"))
     assert [stage.name for stage in stages][:2] == ["stem", "block 0"]
-    for before, after in zip(stages[:-2], stages[1:-1], strict=True):
+    for before, after in itertools.pairwise(stages[:-1]):
         assert before.output_shape == after.input_shape
     assert stages[-2].output_shape == (1280, 7, 7)
     assert stages[-1].output_shape == (1000,)

@@ -257,7 +257,8 @@ def train(network: nn.Cell, steps: int) -> list[float]:
     x = ms.Tensor(rng.standard_normal((16, 1, 12, 12), dtype=np.float32))
     y = ms.Tensor(rng.integers(0, 5, 16).astype(np.int32))
     network.set_train(True)
-    optimizer = nn.SGD(network.trainable_params(), 0.02)
+    # Small: rounding grows tenfold a step at ten times this rate, with either implementation.
+    optimizer = nn.SGD(network.trainable_params(), 0.002)
 
     def loss(images: ms.Tensor, labels: ms.Tensor) -> ms.Tensor:
         return ops.cross_entropy(network(images), labels)
@@ -279,7 +280,7 @@ def test_a_network_trains_alike_with_both_implementations() -> None:
     names = [(p.name, p.shape) for p in native.get_parameters()]
     assert [(p.name, p.shape) for p in compiled.get_parameters()] == names
     losses = train(native, 6)
-    assert losses[-1] < losses[0]
+    assert losses[-1] < losses[0] - 0.05
     np.testing.assert_allclose(train(compiled, 6), losses, rtol=0, atol=1e-4)
 
 

@@ -174,5 +174,3 @@ def test_a_process_that_cannot_start_ray_says_so(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert "executor.address" in done.stderr
     assert "Traceback" not in done.stderr
-
-

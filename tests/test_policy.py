@@ -18,7 +18,13 @@ CHOICES = (3, 2, 5, 1, 4)
 
 def make_policy(num_choices: tuple[int, ...] = CHOICES, **config: float | None) -> LSTMPolicy:
     """A small float64 policy with weights far from 0."""
-    settings = {"hidden_size": 4, "embedding_size": 3, "init_scale": 0.8, **config}
+    settings = {
+        "hidden_size": 4,
+        "embedding_size": 3,
+        "init_scale": 0.8,
+        "exploration": 0.0,
+        **config,
+    }
     return LSTMPolicy(PolicyConfig(**settings), num_choices, np.random.default_rng(0))
 
 
@@ -62,7 +68,8 @@ def central_differences(
         {},
         {"temperature": 1.7},
         {"tanh_constant": 2.5},
-        {"tanh_constant": 1.1, "temperature": 0.6},
+        {"exploration": 0.7},
+        {"tanh_constant": 1.1, "temperature": 0.6, "exploration": 2.0},
     ],
     ids=str,
 )
@@ -190,6 +197,23 @@ def test_a_high_temperature_draws_more_evenly() -> None:
     assert warm.entropies.mean() > cool.entropies.mean()
 
 
+def test_exploration_is_a_floor_below_every_choice() -> None:
+    policy = make_policy((4, 2) * 5, exploration=1.0)
+    policy.parameters *= 1e3
+    tokens, _ = policy.sample(200, np.random.default_rng(1))
+    p = np.exp(policy.evaluate(tokens).log_probs)
+    # A tenth of every decision is uniform.
+    assert p[:, ::2].min() == pytest.approx(0.1 / 4, rel=1e-9)
+    assert p[:, 1::2].min() == pytest.approx(0.1 / 2, rel=1e-9)
+
+
+def test_exploration_leaves_nine_tenths_of_a_single_decision_to_the_policy() -> None:
+    policy = make_policy((2,), exploration=1.0)
+    policy.weights["output_bias"][0, 0] = [100.0, 0.0]
+    log_probs = policy.evaluate(np.array([[0]])).log_probs
+    assert np.exp(log_probs[0, 0]) == pytest.approx(0.95, rel=1e-9)
+
+
 def test_extreme_weights_stay_finite() -> None:
     policy = make_policy()
     policy.parameters *= 1e3
@@ -224,6 +248,7 @@ def test_adam_clips_the_norm_of_a_long_gradient() -> None:
         ("embedding_size", -3),
         ("temperature", 0.0),
         ("tanh_constant", -1.0),
+        ("exploration", -0.5),
         ("init_scale", 0.0),
     ],
 )
@@ -242,7 +267,7 @@ def test_the_gradient_equals_mindspores_autodiff() -> None:
     from mindspore import ops
 
     ms.set_context(mode=ms.PYNATIVE_MODE)
-    policy = make_policy(tanh_constant=2.0, temperature=1.3)
+    policy = make_policy(tanh_constant=2.0, temperature=1.3, exploration=0.5)
     tokens, _ = policy.sample(6, np.random.default_rng(1))
     evaluation = policy.evaluate(tokens)
     old = evaluation.log_probs.sum(axis=1) + np.array([0.0, 0.1, -0.1, 0.7, -0.7, 0.05])
@@ -267,7 +292,8 @@ def test_the_gradient_equals_mindspores_autodiff() -> None:
             cell = ops.sigmoid(f) * cell + ops.sigmoid(i) * ops.tanh(g)
             hidden = ops.sigmoid(o) * ops.tanh(cell)
             logits = (ops.matmul(hidden, w["output_weight"][d]) + w["output_bias"][d])[:, :choices]
-            log_p = ops.log_softmax(2.0 * ops.tanh(logits / 1.3), 1)
+            p = ops.softmax(2.0 * ops.tanh(logits / 1.3), 1)
+            log_p = ops.log(0.9 * p + 0.1 / choices)
             chosen = ms.Tensor(np.eye(choices)[tokens[:, d]], ms.float32)
             log_prob = log_prob + (log_p * chosen).sum(1)
             entropy = entropy - (ops.exp(log_p) * log_p).sum(1)
