@@ -73,6 +73,7 @@ def train(
     """Train a network with a recipe; the result is a folder."""
     from retrain.commands import train_command
 
+    signal.signal(signal.SIGTERM, _interrupt)
     console = Console(stderr=as_json)
     with _Progress(console) as progress:
         report = train_command(
@@ -219,6 +220,11 @@ def _print_lines(console: Console, lines: list[tuple[str, str]]) -> None:
         console.print(f"{label:<{width}}{text}", highlight=False, markup=False, soft_wrap=True)
 
 
+def _interrupt(number: int, frame: object) -> None:
+    """Take SIGTERM as Ctrl-C: while MindSpore computes, it answers SIGINT by sending SIGTERM."""
+    raise KeyboardInterrupt
+
+
 def die_with_parent() -> None:
     """Where MNAS_PARENT_PID names the parent, let the kernel kill this process when it dies.
 
@@ -248,13 +254,17 @@ def _run() -> int:
     try:
         die_with_parent()
         status = app(standalone_mode=False)
+        # typer answers Ctrl-C with this status itself.
+        if status == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except ConfigError as error:
         return _complain(str(error), EXIT_BAD_INPUT)
     except MnasError as error:
         return _complain(str(error), EXIT_ERROR)
     except _UsageError as error:
-        return _complain(f"{error} See `python -m retrain --help`.", EXIT_BAD_INPUT)
+        sentence = error.format_message()  # type: ignore[attr-defined]  # click's, whichever it is
+        return _complain(f"{sentence} See `python -m retrain --help`.", EXIT_BAD_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         return _complain("stopped; go on with the same command and --resume.", EXIT_INTERRUPTED)
     except BrokenPipeError:

@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 MAX_CONFIG_BYTES = 1_000_000
 MAX_CONFIG_NODES = 100_000
+MAX_CONFIG_DEPTH = 50
 
 
 @dataclass_transform(frozen_default=True, kw_only_default=False)
@@ -51,7 +52,20 @@ def record(cls: type[T]) -> type[T]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader with YAML 1.2's core scalars and no silent overwriting of keys."""
+    """SafeLoader with YAML 1.2's core scalars, no silent overwriting of keys, and a depth."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """Compose a value; its nesting is bounded."""
+        self._depth += 1
+        if self._depth > MAX_CONFIG_DEPTH:
+            raise ConfigError(f"values are nested more than {MAX_CONFIG_DEPTH} deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
 
 
 _StrictLoader.yaml_implicit_resolvers = {}
@@ -150,8 +164,6 @@ def parse_yaml(text: str, *, where: str) -> Any:
     except yaml.YAMLError as error:
         first_line = str(error).splitlines()[0]
         raise ConfigError(f"{where}: not YAML: {first_line}.") from None
-    except RecursionError:
-        raise ConfigError(f"{where}: values are nested too deeply.") from None
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

@@ -92,7 +92,7 @@ def test_missing_empty_and_binary_configurations_get_one_sentence(tmp_path: Path
 def test_wrong_flags_and_commands_get_one_sentence(tmp_path: Path) -> None:
     assert_one_sentence(mnas("serch"), "serch")
     assert_one_sentence(mnas("search"), "CONFIG")
-    assert_one_sentence(mnas("top", str(tmp_path), "--count", "none"), "none")
+    assert_one_sentence(mnas("top", str(tmp_path), "--count", "none"), "'--count'")
     assert_one_sentence(mnas("status", str(tmp_path / "nowhere")), "no such folder")
     assert_one_sentence(mnas("status", str(tmp_path)), "holds no campaign")
     assert_one_sentence(mnas("resume", str(tmp_path)), "holds no campaign")

@@ -85,7 +85,7 @@ def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
         ("a: !!python/name:os.system x", "python/name"),
         ("a: [", "line 1"),
         ("a: 1\n---\nb: 2", "document"),
-        ("a: " + "[" * 3000, "nested too deeply"),
+        ("a: " + "[" * 3000, "nested more than 50 deep"),
         ("a: " + "9" * 5000, "digits"),
     ],
 )

@@ -9,11 +9,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import filelock
 import numpy as np
 import onnx
+import psutil
 import pytest
 from retrain_parts import TINY, TINY_RECIPE, TINY_TEXT
 
@@ -253,59 +256,68 @@ def started(recipe: str, out: Path, *more: str) -> list[str]:
     ]  # fmt: skip
 
 
-def wait_until(happened: object, timeout_s: float = 120.0) -> None:
+def wait_until(happened: Callable[[], bool], timeout_s: float = 120.0) -> None:
     deadline = time.monotonic() + timeout_s
-    while not happened():  # type: ignore[operator]
+    while not happened():
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.05)
+
+
+@contextmanager
+def running(command: list[str]) -> Iterator[subprocess.Popen[str]]:
+    """A process that is killed at the end, if it has not ended."""
+    process = subprocess.Popen(
+        command, env=QUIET, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been(
     tmp_path: Path, recipe: str
 ) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
-    command = started(recipe, out, "epochs=40")
-    process = subprocess.Popen(command, env=QUIET, stdout=subprocess.PIPE)
-    try:
+    command = started(recipe, out, "epochs=12")
+    with running(command):
         wait_until((out / "state.safetensors").exists)
-    finally:
-        process.kill()
-        process.communicate(timeout=30)
     assert not (out / "result.json").exists()
     done = load_state(out / "state.safetensors").epoch
-    assert 1 <= done < 40
+    assert 1 <= done < 12
     resumed = json.loads(run(*command[3:], "--resume", "--json"))
-    assert done <= resumed["resumed_at_epoch"] < 40
-    report = train_command(recipe, TINY_TEXT, out=whole, threads=1, overrides=["epochs=40"])
-    assert len(resumed["losses"]) == 40
+    assert done == resumed["resumed_at_epoch"]
+    report = train_command(recipe, TINY_TEXT, out=whole, threads=1, overrides=["epochs=12"])
+    assert len(resumed["losses"]) == 12
     np.testing.assert_allclose(resumed["losses"][:done], report.losses[:done], rtol=1e-5)
-    # Sums may differ in the last digit; training carries that on.
-    np.testing.assert_allclose(resumed["losses"], report.losses, rtol=0.02)
-    assert abs(resumed["validation_accuracy"] - report.validation_accuracy) < 0.03
+    # Roots differ in the last digits, and training amplifies that: alike, not bit-equal.
+    np.testing.assert_allclose(resumed["losses"], report.losses, rtol=0.1)
+    assert abs(resumed["validation_accuracy"] - report.validation_accuracy) < 0.1
 
 
-def test_ctrl_c_ends_a_training_in_order_and_says_how_to_go_on(
-    tmp_path: Path, recipe: str
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_a_training_in_order_with_a_word_how_to_go_on(
+    tmp_path: Path, recipe: str, number: signal.Signals
 ) -> None:
     out = tmp_path / "out"
-    command = started(recipe, out, "epochs=2000")
-    process = subprocess.Popen(
-        command, env=QUIET, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    try:
+    with running(started(recipe, out, "epochs=2000")) as process:
         wait_until((out / "state.safetensors").exists)
-        process.send_signal(signal.SIGINT)
-        _, complaint = process.communicate(timeout=30)
-    finally:
-        process.kill()
+        process.send_signal(number)
+        _, complaint = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "--resume" in complaint
+    assert complaint.strip().endswith("--resume.")
     assert "Traceback" not in complaint
 
 
 PARENT = """
 import os, subprocess, sys, time
-child = subprocess.Popen(sys.argv[1:], env={**os.environ, "MNAS_PARENT_PID": str(os.getpid())})
+child = subprocess.Popen(
+    sys.argv[1:],
+    env={**os.environ, "MNAS_PARENT_PID": str(os.getpid())},
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.DEVNULL,
+)
 print(child.pid, flush=True)
 time.sleep(300)
 """
@@ -314,19 +326,12 @@ time.sleep(300)
 def test_a_training_dies_with_its_parent(tmp_path: Path, recipe: str) -> None:
     out = tmp_path / "out"
     command = started(recipe, out, "epochs=100000")
-    parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, *command], env=QUIET, stdout=subprocess.PIPE, text=True
-    )
-    try:
+    with running([sys.executable, "-c", PARENT, *command]) as parent:
         assert parent.stdout is not None
-        child = Path(f"/proc/{parent.stdout.readline().strip()}")
+        child = int(parent.stdout.readline())
         wait_until((out / "recipe.yaml").exists)
-        assert child.exists()
-    finally:
-        parent.kill()
-        parent.wait(timeout=30)
-    wait_until(lambda: not child.exists() or "Z" in (child / "stat").read_text().split()[2], 20)
-    parent.stdout.close()
+        assert psutil.pid_exists(child)
+    wait_until(lambda: not psutil.pid_exists(child), 60)
 
 
 def test_a_training_whose_parent_is_gone_already_does_not_begin(

@@ -72,6 +72,8 @@ class HillClimber(Controller):
         }
 
     def load_state_dict(self, state: State) -> None:
+        if set(state) != {"next_id", "best", "best_reward", "rng"}:
+            raise ValueError(f"state must be a HillClimber's, but has the keys {sorted(state)}")
         self._next_id = state["next_id"]
         self._best = None if state["best"] is None else tuple(state["best"])
         self._best_reward = float("-inf") if self._best is None else state["best_reward"]
