@@ -280,7 +280,9 @@ def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been(
     tmp_path: Path, recipe: str
 ) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
-    command = started(recipe, out, "epochs=12")
+    # With SGD, resuming is exact; see MindSpore's RMSProp in retrain/optimizer.py.
+    changes = ["epochs=12", "optimizer.name=sgd", "schedule.learning_rate=0.1"]
+    command = started(recipe, out, *changes)
     with running(command):
         wait_until((out / "state.safetensors").exists)
     assert not (out / "result.json").exists()
@@ -288,12 +290,10 @@ def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been(
     assert 1 <= done < 12
     resumed = json.loads(run(*command[3:], "--resume", "--json"))
     assert done == resumed["resumed_at_epoch"]
-    report = train_command(recipe, TINY_TEXT, out=whole, threads=1, overrides=["epochs=12"])
+    report = train_command(recipe, TINY_TEXT, out=whole, threads=1, overrides=changes)
     assert len(resumed["losses"]) == 12
-    np.testing.assert_allclose(resumed["losses"][:done], report.losses[:done], rtol=1e-5)
-    # Roots differ in the last digits, and training amplifies that: alike, not bit-equal.
-    np.testing.assert_allclose(resumed["losses"], report.losses, rtol=0.1)
-    assert abs(resumed["validation_accuracy"] - report.validation_accuracy) < 0.1
+    np.testing.assert_allclose(resumed["losses"], report.losses, rtol=1e-4)
+    assert resumed["accuracies"] == list(report.accuracies)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -101,3 +101,19 @@ def test_averages_follow_their_formula_from_the_first_step() -> None:
         expected = decay * expected + (1 - decay) * value
     np.testing.assert_allclose(averages.values()["w"], expected, rtol=1e-6)
     assert weights[0].asnumpy().tolist() == [11, -11]
+
+
+def test_rmsprops_root_is_taken_to_three_digits_in_long_arrays() -> None:
+    value = np.random.default_rng(9).normal(size=1000).astype(np.float32)
+    weight = ms.Parameter(ms.Tensor(value), name="a.weight")
+    config = OptimizerConfig(weight_decay=0.0)
+    optimizer = make_optimizer(config, [weight])
+    w, mean_square, moment = value.astype(np.float64), np.ones(1000), np.zeros(1000)
+    for step in range(8):
+        g = np.random.default_rng(step).normal(size=1000).astype(np.float32)
+        set_learning_rate(optimizer, 0.05)
+        optimizer((ms.Tensor(g),))
+        mean_square = 0.9 * mean_square + 0.1 * g.astype(np.float64) ** 2
+        moment = 0.9 * moment + 0.05 * g / np.sqrt(mean_square + 1e-3)
+        w = w - moment
+    assert np.abs(weight.asnumpy() - w).max() < 2e-3 * np.abs(w - value).max()

