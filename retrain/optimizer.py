@@ -20,10 +20,10 @@ def decays(name: str) -> bool:
 def make_optimizer(config: OptimizerConfig, parameters: Sequence[ms.Parameter]) -> nn.Optimizer:
     """Return the optimizer; call `set_learning_rate` before every step.
 
-    nn.RMSProp is TensorFlow's: the mean square starts at 1 and epsilon is inside the root. On a CPU
-    its kernel takes the root to about 1e-3 where it uses vector registers and exactly elsewhere, and
-    the boundary may move after its first five steps: with it a resumed training is the same in law
-    (order, masks, state) but not bit by bit; with SGD it is.
+    nn.RMSProp is TensorFlow's: the mean square starts at 1 and epsilon is inside the root. On a
+    CPU its kernel takes the root to about 1e-3 where it uses vector registers and exactly
+    elsewhere, and the boundary may move after its first five steps: a resumed training has the
+    same order, masks and state, but goes on bit by bit only with SGD.
     """
     with_decay = [p for p in parameters if config.decay_norm_and_bias or decays(p.name)]
     without = [p for p in parameters if not (config.decay_norm_and_bias or decays(p.name))]

@@ -276,6 +276,7 @@ def running(command: list[str]) -> Iterator[subprocess.Popen[str]]:
             process.kill()
 
 
+@pytest.mark.slow
 def test_a_killed_training_goes_on_and_ends_as_if_it_had_not_been(
     tmp_path: Path, recipe: str
 ) -> None:

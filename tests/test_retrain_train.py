@@ -55,6 +55,7 @@ def trained_elsewhere(seed: int) -> list[object]:
     return found
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_network_in_another_process_and_another_seed_does_not() -> (
     None
 ):
