@@ -6,10 +6,7 @@ are written under a temporary name, flushed to disk and renamed: a reader sees a
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from retrain.config import Recipe
 from retrain.data import Normalisation
 from space.architecture import Architecture, parse_architecture
 from space.errors import ConfigError
+from space.files import write_atomically
 from space.parameters import parameter_shapes
 from space.records import build, record, to_plain
 
@@ -30,7 +28,6 @@ Weights = dict[str, NDArray[np.float32]]
 
 _WEIGHTS_FORMAT = "mnas weights 1"
 _STATE_FORMAT = "mnas training state 1"
-_PACKAGES = ("mnas", "mindspore", "numpy")
 
 
 @record
@@ -194,36 +191,6 @@ def check_weights(
             + "; ".join(sentences)
             + "."
         )
-
-
-def versions() -> dict[str, str]:
-    """Return package -> version, and the interpreter's."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file so that a reader or a crash finds the old one or the new one, whole."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    # The new name itself must be on the disk, too.
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _contiguous(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:

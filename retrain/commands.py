@@ -26,13 +26,12 @@ from retrain.checkpoint import (
     load_state,
     save_checkpoint,
     save_state,
-    versions,
-    write_atomically,
 )
 from retrain.config import Recipe, load_recipe
 from retrain.data import DataSet, load_data
 from space.architecture import Architecture
 from space.errors import ConfigError
+from space.files import versions, write_atomically
 from space.mnasnet import adapt, find_architecture
 from space.records import build, dump_yaml, parse_yaml, read_text, record, to_plain
 

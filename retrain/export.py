@@ -14,10 +14,11 @@ import onnxruntime as ort
 from mindspore import nn
 from numpy.typing import NDArray
 
-from retrain.checkpoint import Checkpoint, write_atomically
+from retrain.checkpoint import Checkpoint
 from retrain.data import DataSet, Split, eval_batches
 from retrain.evaluate import evaluation_of, logits_of
 from space.errors import ConfigError, MnasError
+from space.files import write_atomically
 from space.onnx_graph import INPUT_NAME, OPSET, onnx_model
 from space.records import record, to_plain
 

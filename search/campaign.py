@@ -14,10 +14,8 @@ holds it. Readers open the database read-only and need no lock.
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import socket
 import sys
 from collections.abc import Iterable
@@ -38,33 +36,8 @@ from search.config import (
 )
 from search.store import Store
 from space.errors import ConfigError
+from space.files import versions, write_atomically
 from space.records import apply_overrides, dump_yaml, load_yaml
-
-_PACKAGES = ("mnas", "mindspore", "numpy", "ray", "onnx", "onnxruntime", "pydantic", "numba")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file so that a reader sees the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def versions() -> dict[str, str]:
-    """Return package -> version, and the interpreter's and the system's."""
-    found = {"python": platform.python_version(), "system": platform.platform()}
-    for package in _PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
 
 
 class Campaign:
@@ -116,7 +89,7 @@ def create(folder: Path, config: CampaignConfig) -> Campaign:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = _acquire(folder)
-        write_atomically(folder / "config.yaml", _header() + dump_yaml(config_to_plain(config)))
+        write_atomically(folder / "config.yaml", _config_file(config))
     except OSError as error:
         raise ConfigError(f"{folder}: cannot be made: {error.strerror or error}.") from None
     store = Store(folder / "campaign.db", read_only=False)
@@ -167,7 +140,7 @@ def continue_with(folder: Path, wanted: CampaignConfig) -> Campaign:
     if changes:
         for key, ours, theirs in changes:
             store.add_event("changed", f"{key}: {ours!r} -> {theirs!r}")
-        write_atomically(folder / "config.yaml", _header() + dump_yaml(config_to_plain(wanted)))
+        write_atomically(folder / "config.yaml", _config_file(wanted))
     _note_versions(store)
     return Campaign(folder, wanted, store, lock)
 
@@ -202,8 +175,9 @@ def _note_versions(store: Store) -> None:
     store.set_meta("versions", now)
 
 
-def _header() -> str:
-    return "# The resolved configuration of this campaign; `mnas resume` reads it.\n"
+def _config_file(config: CampaignConfig) -> bytes:
+    header = "# The resolved configuration of this campaign; `mnas resume` reads it.\n"
+    return (header + dump_yaml(config_to_plain(config))).encode()
 
 
 def _acquire(folder: Path) -> filelock.BaseFileLock:
@@ -217,7 +191,7 @@ def _acquire(folder: Path) -> filelock.BaseFileLock:
         "pid": os.getpid(),
         "started": psutil.Process().create_time(),
     }
-    write_atomically(folder / "campaign.owner.json", json.dumps(owner))
+    write_atomically(folder / "campaign.owner.json", json.dumps(owner).encode())
     return lock
 
 

@@ -18,11 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from search.campaign import Campaign, write_atomically
+from search.campaign import Campaign
 from search.objective import Objective
 from search.pareto import best_networks
 from search.trial import Failure, Trial
 from space.errors import ConfigError, TrialFailed
+from space.files import write_atomically
 from space.records import dump_yaml
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ class HandOver:
         folder = self.folder(finalist.finalist_of)
         folder.parent.mkdir(exist_ok=True)
         recipe = folder.parent / f"trial_{finalist.finalist_of}.yaml"
-        write_atomically(recipe, dump_yaml(self._config.recipe))
+        write_atomically(recipe, dump_yaml(self._config.recipe).encode())
         threads = self._config.threads or os.cpu_count() or 1
         command = [
             "train", "--config", str(recipe), "--arch", finalist.architecture,
@@ -182,7 +183,7 @@ class HandOver:
                  "--overwrite", "--json"]
             )
         )  # fmt: skip
-        write_atomically(export / "architecture.txt", finalist.architecture + "\n")
+        write_atomically(export / "architecture.txt", (finalist.architecture + "\n").encode())
         return {
             "trial": finalist.finalist_of,
             "architecture": finalist.architecture,

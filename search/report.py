@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from plotly.offline import get_plotlyjs
 
-from search.campaign import is_running, write_atomically
+from search.campaign import is_running
 from search.config import CampaignConfig, config_to_plain
 from search.objective import Objective
 from search.progress import format_duration
@@ -42,6 +42,7 @@ from space.architecture import Architecture
 from space.cost import Cost, count, stage_table
 from space.drawing import architecture_svg
 from space.errors import ConfigError
+from space.files import write_atomically
 from space.records import dump_yaml
 
 _DETAIL_LETTERS, _EVENTS = 4_000, 500
@@ -60,7 +61,7 @@ def write_report(store: Store, config: CampaignConfig, path: Path) -> None:
     """
     text = _page(store, config)
     try:
-        write_atomically(path, text)
+        write_atomically(path, text.encode())
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise

@@ -365,7 +365,7 @@ def browser() -> Iterator[Any]:
         pytest.skip(f"{CHROMIUM} is not installed")
     with playwright.sync_playwright() as running:
         chromium = running.chromium.launch(
-            executable_path=str(CHROMIUM), args=FLAGS, timeout=60_000
+            executable_path=str(CHROMIUM), args=FLAGS, timeout=120_000
         )
         yield chromium
         chromium.close()
@@ -389,7 +389,7 @@ class Visit:
 
     def __init__(self, browser: Any, path: Path, **options: Any) -> None:
         self.page = browser.new_page(**options)
-        self.page.set_default_timeout(30_000)
+        self.page.set_default_timeout(120_000)
         self.complaints: list[str] = []
         self.requests: list[str] = []
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))

@@ -16,13 +16,12 @@ from retrain.checkpoint import (
     load_state,
     save_checkpoint,
     save_state,
-    versions,
-    write_atomically,
 )
 from retrain.config import DataConfig, Recipe
 from retrain.data import Normalisation
 from space.architecture import NetworkStyle, parse_architecture
 from space.errors import ConfigError
+from space.files import versions, write_atomically
 from space.parameters import initial_parameters
 
 NETWORK = parse_architecture(
