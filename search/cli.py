@@ -97,7 +97,7 @@ def _run(
     from rich.console import Console
 
     from search.engine import run
-    from search.loop import Parts, describe
+    from search.parts import Parts, describe
     from search.progress import Progress
 
     console = Console(stderr=as_json)

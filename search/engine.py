@@ -23,7 +23,8 @@ from search import campaign as folders
 from search.campaign import Campaign
 from search.config import CampaignConfig
 from search.finalists import LineWatcher, hand_over
-from search.loop import Parts, Search, Watcher
+from search.loop import Search, Watcher
+from search.parts import Parts
 from search.trial import Trial
 from space.records import record
 

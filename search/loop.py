@@ -18,27 +18,16 @@ from typing import Protocol
 import numpy as np
 
 from controller.base import Controller, Proposal, Result, state_from_bytes, state_to_bytes
-from controller.registry import make_controller
-from latency.device import LatencyMeter, make_meter
+from latency.device import LatencyMeter
 from latency.measurement import fingerprint
-from retrain.data import class_names
 from search.campaign import Campaign
-from search.config import (
-    CampaignConfig,
-    PluginConfig,
-    RayConfig,
-    TrainEvaluatorConfig,
-    load_class,
-)
-from search.evaluation import make_evaluator
 from search.executor import Executor, Finished, Job, make_executor
 from search.objective import LATENCY, Objective
+from search.parts import Parts
 from search.trial import Failure, Trial
 from space.architecture import Architecture, graph_hash
 from space.cost import count
 from space.errors import ConfigError, MeasurementError
-from space.mnasnet import adapt, find_architecture
-from space.search_space import SearchSpace, load_space
 
 logger = logging.getLogger(__name__)
 
@@ -61,91 +50,6 @@ class Watcher(Protocol):
 
     def update(self, batch: int, diagnostics: Mapping[str, float]) -> None:
         """The controller has learned from a batch."""
-
-
-class Parts:
-    """The objects that a configuration stands for, made once, before a folder is touched.
-
-    Raises:
-        ConfigError: A part cannot be made: a space, a class, a device or data that is not there.
-    """
-
-    def __init__(self, config: CampaignConfig) -> None:
-        self.config = config
-        self.space: SearchSpace = load_space(
-            config.space.name,
-            resolution=config.space.resolution,
-            classes=config.space.classes,
-            input_channels=config.space.input_channels,
-        )
-        self.meter: LatencyMeter | None = _make_meter(config)
-        self.epochs = make_evaluator(config.evaluator, threads=1).epochs
-        self.reference = self._reference()
-        self._check_data()
-        self.controller(Objective(config.objective, config.objective.target_ms or 1.0))
-
-    def _reference(self) -> Architecture | None:
-        """The network whose latency the target is a multiple of, for this space's images."""
-        target = self.config.objective.target
-        if target is None:
-            return None
-        if self.meter is None:
-            raise ConfigError(
-                "objective.target: a reference network needs a device to be measured on, but"
-                " there is none; give target_ms."
-            )
-        space = self.space.config
-        return adapt(
-            find_architecture(target.reference),
-            resolution=space.resolution,
-            classes=space.classes,
-            input_channels=space.input_channels,
-        )
-
-    def _check_data(self) -> None:
-        """Look for the data sets before anything is spent."""
-        recipes = []
-        if isinstance(self.config.evaluator, TrainEvaluatorConfig):
-            recipes.append(("evaluator", self.config.evaluator.recipe))
-        if self.config.retrain is not None:
-            recipes.append(("retrain", self.config.retrain.recipe))
-        for key, recipe in recipes:
-            classes = class_names(recipe.data)
-            if len(classes) != self.space.config.classes:
-                raise ConfigError(
-                    f"{key}.recipe.data: {recipe.data.name} has {len(classes)} classes, but the"
-                    f" space has {self.space.config.classes}; set space.classes."
-                )
-
-    def controller(self, objective: Objective) -> Controller:
-        """Return the controller, new, with the campaign's first random stream."""
-        rng = np.random.default_rng(np.random.SeedSequence(self.config.seed, spawn_key=(0,)))
-        config = self.config.controller
-        if isinstance(config, PluginConfig):
-            cls = load_class(config.class_path, base=Controller, where="controller")
-            made: Controller = cls(config.options, self.space.num_choices, rng)
-            return made
-        return make_controller(
-            config,
-            self.space.num_choices,
-            rng,
-            score=objective.score,
-            metrics_of=self._metrics_of,
-        )
-
-    def _metrics_of(self, tokens: tuple[int, ...]) -> Mapping[str, float]:
-        cost = count(self.space.decode(tokens))
-        return {"macs": float(cost.macs), "parameters": float(cost.parameters)}
-
-
-def _make_meter(config: CampaignConfig) -> LatencyMeter | None:
-    if config.device is None:
-        return None
-    if isinstance(config.device, PluginConfig):
-        cls = load_class(config.device.class_path, base=LatencyMeter, where="device")
-        made: LatencyMeter = cls(config.device.options)
-        return made
-    return make_meter(config.device)
 
 
 def trial_seed(campaign_seed: int, trial_id: int) -> int:
@@ -504,23 +408,3 @@ def _result(trial: Trial) -> Result:
         reused=trial.reused_from is not None,
         cause=trial.failure.cause if trial.failure else None,
     )
-
-
-def describe(parts: Parts) -> list[tuple[str, str]]:
-    """Return (label, text) lines that say what a campaign is about to do."""
-    config = parts.config
-    executor = config.executor
-    workers = "in this process"
-    if isinstance(executor, RayConfig):
-        workers = f"on {executor.workers or 'all'} Ray workers of {executor.threads} threads"
-    device = "none: the evaluator gives the latency"
-    if config.device is not None:
-        device = config.device.name
-    batches = f"in batches of {config.batch_size}" if config.batch_size > 1 else "one by one"
-    return [
-        ("space", f"{parts.space.name}: {parts.space.size:,} token vectors"),
-        ("controller", config.controller.name),
-        ("evaluator", f"{config.evaluator.name}, {parts.epochs:g} epochs, {workers}"),
-        ("device", device),
-        ("trials", f"{config.stop.trials} {batches}"),
-    ]
