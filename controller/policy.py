@@ -9,6 +9,7 @@ is one vector of numbers.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -318,7 +319,7 @@ class LSTMPolicy:
 
 
 class Adam:
-    """Adam (Kingma & Ba, 2015) on one flat vector, with the gradient's norm clipped first."""
+    """Adam (Kingma & Ba, 2015) on one array, with the gradient's norm clipped first."""
 
     def __init__(self, parameters: Floats) -> None:
         self.steps = 0
@@ -338,6 +339,16 @@ class Adam:
         scale = np.sqrt(self.square / (1 - BETA_2**self.steps)) + EPSILON
         parameters -= learning_rate / (1 - BETA_1**self.steps) * self.mean / scale
         return norm
+
+    def state(self) -> dict[str, Any]:
+        """Return copies of the moments and the number of steps."""
+        return {"mean": self.mean.copy(), "square": self.square.copy(), "steps": self.steps}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Become what `state` gave."""
+        self.mean[...] = state["mean"]
+        self.square[...] = state["square"]
+        self.steps = int(state["steps"])
 
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8

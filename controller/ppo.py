@@ -33,7 +33,8 @@ from controller.base import (
     set_rng_state,
 )
 from controller.policy import Adam, Evaluation, Floats, LSTMPolicy, PolicyConfig
-from controller.state import check_identity, check_num_choices, check_tokens, identity
+from controller.reward_scale import RewardScale
+from controller.state import check_identity, check_num_choices, check_results, identity
 from space.records import record
 
 #: The policy's numbers. Half the memory traffic of float64, which is most of an update's time.
@@ -108,45 +109,6 @@ class PPOConfig:
 def _check(name: str, value: object, rule: str, holds: bool) -> None:
     if not holds:
         raise ValueError(f"{name} must be {rule}, but got {value!r}")
-
-
-class RewardScale:
-    """Moving mean and spread of the rewards: what an advantage is relative to.
-
-    Exponential moving averages over *trials*, not over updates, so that `decay` means the same in
-    batches of 1 and of 100. A batch enters before its advantages are taken: while the policy
-    improves, a mean that lags behind would call almost every trial good.
-    """
-
-    def __init__(self, decay: float) -> None:
-        self.decay = decay
-        self.weight = 0.0  # of all rewards so far; below 1 while few have been seen
-        self.mean_sum = 0.0
-        self.square_sum = 0.0
-
-    @property
-    def mean(self) -> float:
-        """The baseline; 0 before the first reward."""
-        return self.mean_sum / self.weight if self.weight else 0.0
-
-    @property
-    def spread(self) -> float:
-        """Square root of the mean squared distance from the mean."""
-        return math.sqrt(self.square_sum / self.weight) if self.weight else 0.0
-
-    def advantages(self, rewards: NDArray[np.float64]) -> NDArray[np.float64]:
-        """Take note of rewards, (n,), and return their distance from the mean in spreads, (n,)."""
-        if not len(rewards):
-            return rewards
-        keep = self.decay ** len(rewards)
-        self.weight = keep * self.weight + (1 - keep)
-        self.mean_sum = keep * self.mean_sum + (1 - keep) * float(rewards.mean())
-        distance = rewards - self.mean
-        self.square_sum = keep * self.square_sum + (1 - keep) * float((distance**2).mean())
-        # Equal rewards differ by rounding errors, which must not be blown up to advantages.
-        if self.spread <= 1e-9 * max(abs(self.mean), 1e-300):
-            return np.zeros_like(rewards)
-        return np.asarray(distance / self.spread)
 
 
 class Surrogate:
@@ -241,13 +203,7 @@ class PPO(Controller):
         Raises:
             ValueError: A proposal was never made, or its tokens do not fit the space.
         """
-        for result in results:
-            check_tokens(result.proposal.tokens, self.num_choices)
-            if not 0 <= result.proposal.id < self._next_id:
-                raise ValueError(
-                    f"proposal.id must be one of {self._next_id} proposals made, but got"
-                    f" {result.proposal.id}"
-                )
+        check_results(results, self.num_choices, self._next_id)
         fresh = self._take_fresh(results)
         if fresh:
             with self._one_blas_thread():
@@ -274,16 +230,8 @@ class PPO(Controller):
         return {
             **identity("ppo", self.num_choices),
             "parameters": self.policy.parameters.copy(),
-            "adam": {
-                "mean": self._adam.mean.copy(),
-                "square": self._adam.square.copy(),
-                "steps": self._adam.steps,
-            },
-            "rewards": {
-                "weight": self._scale.weight,
-                "mean_sum": self._scale.mean_sum,
-                "square_sum": self._scale.square_sum,
-            },
+            "adam": self._adam.state(),
+            "rewards": self._scale.state(),
             "next_id": self._next_id,
             "updates": self._updates,
             "learned": self._learned,
@@ -308,12 +256,8 @@ class PPO(Controller):
             )
         set_rng_state(self._rng, state["rng"])
         own[...] = given
-        self._adam.mean[...] = state["adam"]["mean"]
-        self._adam.square[...] = state["adam"]["square"]
-        self._adam.steps = int(state["adam"]["steps"])
-        self._scale.weight = float(state["rewards"]["weight"])
-        self._scale.mean_sum = float(state["rewards"]["mean_sum"])
-        self._scale.square_sum = float(state["rewards"]["square_sum"])
+        self._adam.load_state(state["adam"])
+        self._scale.load_state(state["rewards"])
         self._next_id = int(state["next_id"])
         self._updates = int(state["updates"])
         self._learned = int(state["learned"])

@@ -9,11 +9,16 @@ import numpy as np
 from pydantic import Field
 
 from controller.base import Controller, MetricsOf, Score
+from controller.evolution import Evolution, EvolutionConfig
+from controller.local_search import LocalSearch, LocalSearchConfig
 from controller.ppo import PPO, PPOConfig
 from controller.random_search import RandomConfig, RandomSearch
+from controller.reinforce import Reinforce, ReinforceConfig
 
 #: The union itself, for those who add members of their own before they discriminate.
-BuiltInControllerConfig = RandomConfig | PPOConfig
+BuiltInControllerConfig = (
+    RandomConfig | PPOConfig | ReinforceConfig | EvolutionConfig | LocalSearchConfig
+)
 
 #: What YAML reads as `controller: {name: ppo, learning_rate: 1e-3}`.
 ControllerConfig = Annotated[BuiltInControllerConfig, Field(discriminator="name")]
@@ -22,6 +27,9 @@ ControllerConfig = Annotated[BuiltInControllerConfig, Field(discriminator="name"
 CONTROLLERS: dict[str, Callable[..., Controller]] = {
     "random": RandomSearch,
     "ppo": PPO,
+    "reinforce": Reinforce,
+    "evolution": Evolution,
+    "local": LocalSearch,
 }
 
 

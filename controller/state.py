@@ -1,9 +1,15 @@
-"""What every controller's state begins with: whose it is, and of which space."""
+"""What controllers share: whose state it is and of which space, checks, and tokens as arrays."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from controller.base import Result
+from space.tokens import Tokens
 
 
 def check_num_choices(num_choices: Sequence[int]) -> tuple[int, ...]:
@@ -53,3 +59,33 @@ def check_tokens(tokens: Sequence[int], num_choices: tuple[int, ...]) -> None:
             f"tokens must be one index per decision, below {list(num_choices)}, but got"
             f" {list(tokens)}"
         )
+
+
+def check_results(
+    results: Iterable[Result], num_choices: tuple[int, ...], num_proposed: int
+) -> None:
+    """Refuse results of proposals that a controller never made.
+
+    Raises:
+        ValueError: An id is not below `num_proposed`, or tokens do not fit the space.
+    """
+    for result in results:
+        check_tokens(result.proposal.tokens, num_choices)
+        if not 0 <= result.proposal.id < num_proposed:
+            raise ValueError(
+                f"proposal.id must be one of {num_proposed} proposals made, but got"
+                f" {result.proposal.id}"
+            )
+
+
+def pack_tokens(
+    tokens: Iterable[Tokens], num_choices: tuple[int, ...]
+) -> NDArray[np.unsignedinteger[Any]]:
+    """Return token vectors as rows, (n, decisions), in the smallest unsigned type that fits."""
+    rows = np.array(list(tokens), dtype=np.min_scalar_type(max(num_choices) - 1))
+    return rows.reshape(-1, len(num_choices))
+
+
+def unpack_tokens(rows: NDArray[Any]) -> list[Tokens]:
+    """Return the token vectors that `pack_tokens` made rows of, in order."""
+    return [tuple(row) for row in rows.tolist()]

@@ -33,6 +33,7 @@ Skip = Literal["none", "identity", "pool"]
 
 MAX_RESOLUTION = 4096
 MAX_CHANNELS = 65536
+RATIO_DECIMALS = 10
 
 
 def _require(name: str, value: float, low: float, high: float) -> None:
@@ -49,7 +50,8 @@ class BlockSpec:
             bottleneck).
         kernel_size: Odd, 1 to 15.
         expand_ratio: Width of an mbconv's middle relative to its input; 1 otherwise.
-        se_ratio: Squeeze-and-excitation width relative to the layer's *input*; 0 is none.
+        se_ratio: Squeeze-and-excitation width relative to the layer's *input*; 0 is none. At
+            most 10 decimals, as many as the text form writes.
         skip: Residual branch of every layer that can carry it.
         filters: Output channels.
         layers: Number of layers, at least 1.
@@ -71,6 +73,10 @@ class BlockSpec:
             raise ValueError(f"kernel_size must be odd, but got {self.kernel_size}")
         _require("expand_ratio", self.expand_ratio, 1, 64)
         _require("se_ratio", self.se_ratio, 0, 1)
+        if round(self.se_ratio, RATIO_DECIMALS) != self.se_ratio:
+            raise ValueError(
+                f"se_ratio must have at most {RATIO_DECIMALS} decimals, but got {self.se_ratio!r}"
+            )
         _require("filters", self.filters, 1, MAX_CHANNELS)
         _require("layers", self.layers, 1, 1000)
         _require("stride", self.stride, 1, 2)
@@ -142,14 +148,13 @@ class Architecture:
         _require("input_channels", self.input_channels, 1, 64)
         if not self.blocks:
             raise ValueError("blocks must hold at least one block, but got none")
-        filters, size, canonical = self.stem_filters, self.resolution, []
-        for stride in (self.stem_stride, *(block.stride for block in self.blocks)):
-            if stride > size:
-                raise ValueError(
-                    f"resolution must be at least the product of the strides"
-                    f" ({self.total_stride}), but got {self.resolution}"
-                )
-            size = -(-size // stride)
+        if self.resolution < self._least_resolution():
+            raise ValueError(
+                f"resolution must be at least {self._least_resolution()}, so that no stride"
+                f" (in all {self.total_stride}) exceeds the map it is taken on, but got"
+                f" {self.resolution}"
+            )
+        filters, canonical = self.stem_filters, []
         for block in self.blocks:
             canonical.append(block.canonical(filters))
             filters = block.filters
@@ -162,6 +167,14 @@ class Architecture:
         for block in self.blocks:
             stride *= block.stride
         return stride
+
+    def _least_resolution(self) -> int:
+        """The fewest pixels with which every stride still finds a map as large as itself."""
+        least = 1
+        for stride in (*(block.stride for block in reversed(self.blocks)), self.stem_stride):
+            # A map of `least` pixels is what the smallest of these leaves: sizes round up.
+            least = max(stride, (least - 1) * stride + 1)
+        return least
 
     @property
     def text(self) -> str:
@@ -217,33 +230,44 @@ def graph_hash(architecture: Architecture, style: NetworkStyle = PAPER_STYLE) ->
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def _layers(architecture: Architecture) -> tuple[Layer, ...]:
-    made = []
+    made: list[Layer] = []
     filters, size = architecture.stem_filters, architecture.stem_size
-    for block_index, block in enumerate(architecture.blocks):
-        for layer_index in range(block.layers):
-            stride = block.stride if layer_index == 0 else 1
-            fits = stride == 1 and filters == block.filters
-            output_size = -(-size // stride)
-            middle = filters * block.expand_ratio if block.op != "conv" else block.filters
-            made.append(
-                Layer(
-                    block_index=block_index,
-                    layer_index=layer_index,
-                    op=block.op,
-                    kernel_size=block.kernel_size,
-                    stride=stride,
-                    input_filters=filters,
-                    mid_filters=middle,
-                    output_filters=block.filters,
-                    se_filters=max(1, int(filters * block.se_ratio)) if block.se_ratio else 0,
-                    skip="none" if block.skip == "identity" and not fits else block.skip,
-                    input_size=size,
-                    output_size=output_size,
-                )
+    for index, block in enumerate(architecture.blocks):
+        made += block_layers(index, block, filters, size)
+        filters, size = block.filters, made[-1].output_size
+    return tuple(made)
+
+
+def block_layers(
+    block_index: int, block: BlockSpec, input_filters: int, input_size: int
+) -> tuple[Layer, ...]:
+    """Return the layers of a block that stands at a place, after so many channels and pixels."""
+    made = []
+    filters, size = input_filters, input_size
+    for layer_index in range(block.layers):
+        stride = block.stride if layer_index == 0 else 1
+        fits = stride == 1 and filters == block.filters
+        output_size = -(-size // stride)
+        middle = filters * block.expand_ratio if block.op != "conv" else block.filters
+        made.append(
+            Layer(
+                block_index=block_index,
+                layer_index=layer_index,
+                op=block.op,
+                kernel_size=block.kernel_size,
+                stride=stride,
+                input_filters=filters,
+                mid_filters=middle,
+                output_filters=block.filters,
+                se_filters=max(1, int(filters * block.se_ratio)) if block.se_ratio else 0,
+                skip="none" if block.skip == "identity" and not fits else block.skip,
+                input_size=size,
+                output_size=output_size,
             )
-            filters, size = block.filters, output_size
+        )
+        filters, size = block.filters, output_size
     return tuple(made)
 
 
@@ -261,6 +285,7 @@ _TOKENS = (
 _OPTIONAL = (r"se(0\.\d+|1)", r"(noskip|pool)", r"(conv)")
 
 
+@functools.lru_cache(maxsize=4096)
 def format_block(block: BlockSpec, input_filters: int) -> str:
     """Return a block in TPU notation, `r2_k3_s22_e6_i16_o24`."""
     tokens = [
@@ -277,10 +302,11 @@ def format_block(block: BlockSpec, input_filters: int) -> str:
 
 
 def _ratio_text(ratio: float) -> str:
-    text = f"{ratio:.10f}".rstrip("0")
+    text = f"{ratio:.{RATIO_DECIMALS}f}".rstrip("0")
     return "1" if ratio == 1 else text
 
 
+@functools.lru_cache(maxsize=4096)
 def parse_block(text: str) -> tuple[BlockSpec, int]:
     """Return the block and the input channels that a string in TPU notation describes.
 
@@ -338,7 +364,7 @@ def _parse_optional_tokens(text: str, tokens: list[str]) -> tuple[float, Skip, b
     return float(ratio or 0), skips[skip], conv is not None
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def _text(architecture: Architecture) -> str:
     stem = f"stem{architecture.stem_filters}" + ("_s11" if architecture.stem_stride == 1 else "")
     parts, filters = [stem], architecture.stem_filters
@@ -353,6 +379,7 @@ def _text(architecture: Architecture) -> str:
     return " | ".join(parts)
 
 
+@functools.lru_cache(maxsize=1024)
 def parse_architecture(text: str) -> Architecture:
     """Return the Architecture that a line in the text form describes.
 

@@ -7,9 +7,10 @@ Every count is an exact integer and depends on the Architecture alone: both padd
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
-from space.architecture import Architecture, Layer, format_block
+from space.architecture import Architecture, BlockSpec, Layer, block_layers, format_block
 from space.records import record
 
 
@@ -81,6 +82,7 @@ class _Convolution:
         return self.filters * self.output_size**2
 
 
+@functools.lru_cache(maxsize=1024)
 def count(architecture: Architecture) -> Cost:
     """Return the whole network's cost."""
     stages = stage_table(architecture)
@@ -105,21 +107,10 @@ def stage_table(architecture: Architecture) -> tuple[StageCost, ...]:
             [stem],
         )
     ]
-    layers = architecture.layers()
     for index, block in enumerate(architecture.blocks):
-        own = [layer for layer in layers if layer.block_index == index]
-        out_size = own[-1].output_size
-        convolutions = [c for layer in own for c in _convolutions(layer)]
-        rows.append(
-            _stage(
-                f"block {index}",
-                format_block(block, filters),
-                (filters, size, size),
-                (block.filters, out_size, out_size),
-                convolutions,
-            )
-        )
-        filters, size = block.filters, out_size
+        stage = _block_stage(index, block, filters, size)
+        rows.append(stage)
+        filters, size = block.filters, stage.output_shape[1]
     head = architecture.head_filters
     rows.append(
         _stage(
@@ -139,6 +130,19 @@ def stage_table(architecture: Architecture) -> tuple[StageCost, ...]:
         )
     )  # fmt: skip
     return tuple(rows)
+
+
+@functools.lru_cache(maxsize=4096)
+def _block_stage(index: int, block: BlockSpec, filters: int, size: int) -> StageCost:
+    layers = block_layers(index, block, filters, size)
+    out_size = layers[-1].output_size
+    return _stage(
+        f"block {index}",
+        format_block(block, filters),
+        (filters, size, size),
+        (block.filters, out_size, out_size),
+        [convolution for layer in layers for convolution in _convolutions(layer)],
+    )
 
 
 def _stage(

@@ -23,9 +23,10 @@ from space.architecture import (
 )
 from space.errors import ConfigError
 from space.mnasnet import PUBLISHED, adapt, published, round_filters, scale_width
+from space.records import shipped_names
 from space.search_space import load_space
 
-SPACES = ("mnasnet", "mnasnet_derivation", "accel_nasbench", "small_image")
+SPACES = {name: load_space(name) for name in shipped_names("space")}
 
 PUBLISHED_BLOCKS = [
     part.strip()
@@ -43,6 +44,7 @@ PUBLISHED_BLOCKS = [
         "r1_k3_s11_e1_i8_o8_pool_conv",
         "r1_k5_s22_e1_i8_o8_se0.25_conv",
         "r12_k15_s22_e12_i160_o320_se1_pool",
+        "r1_k3_s11_e1_i8_o8_se0.0000000001",
     ],
 )
 def test_block_notation_prints_back_the_same(text: str) -> None:
@@ -62,6 +64,7 @@ def test_block_notation_prints_back_the_same(text: str) -> None:
         ("r1_k3_s11_e3_i32_o16_conv", "expand_ratio"),
         ("r1_k3_s11_e1_i32_o16_se0.250", "se0.25"),
         ("r1_k3_s11_e1_i32_o16_se1.5", "'se1.5'"),
+        ("r1_k3_s11_e1_i32_o16_se0.00000000001", "se_ratio"),
         ("r1_k3_s11_e1_i٣_o16", "i٣"),
         ("ir_r1_k3", "'ir'"),
         ("", "''"),
@@ -83,7 +86,7 @@ def test_any_string_prints_back_the_same_or_is_refused(text: str) -> None:
     assert format_block(block, filters) == text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(st.sampled_from(sorted(PUBLISHED)), st.integers(0, 300), st.text(max_size=3))
 def test_a_damaged_text_is_refused_or_reads_back_the_same(
     name: str, position: int, patch: str
@@ -97,17 +100,66 @@ def test_a_damaged_text_is_refused_or_reads_back_the_same(
     assert parse_architecture(architecture.text) == architecture
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.text("stemhadrc|_iok0123456789. ", max_size=60) | st.text(max_size=30))
+def test_any_line_prints_back_its_canonical_text_or_is_refused(text: str) -> None:
+    try:
+        architecture = parse_architecture(text)
+    except ConfigError:
+        return
+    assert architecture.text == " | ".join(part.strip() for part in text.split("|"))
+
+
+#: What no token can be, without the characters that separate tokens and those that repr() changes.
+JUNK = st.text(st.characters(exclude_characters="_|'\"\\", exclude_categories=["C", "Z"])).map(
+    lambda text: f"?{text}"
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(sorted(PUBLISHED)), st.data(), JUNK)
+def test_the_message_names_the_token_that_is_wrong(
+    name: str, data: st.DataObject, junk: str
+) -> None:
+    parts = published(name).text.split(" | ")
+    index = data.draw(st.integers(0, len(parts) - 1))
+    tokens = parts[index].split("_")
+    tokens[data.draw(st.integers(0, len(tokens) - 1))] = junk
+    parts[index] = "_".join(tokens)
+    with pytest.raises(ConfigError) as caught:
+        parse_architecture(" | ".join(parts))
+    assert junk in str(caught.value)
+
+
 @pytest.mark.parametrize("space_name", SPACES)
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_members_survive_tokens_text_and_json(space_name: str, seed: int) -> None:
-    space = load_space(space_name)
+    space = SPACES[space_name]
     architecture = space.decode(space.sample(np.random.default_rng(seed)))
     assert space.decode(space.encode(architecture)) == architecture
     assert parse_architecture(architecture.text) == architecture
     as_json = json.loads(json.dumps(architecture_to_json(architecture)))
     assert architecture_from_json(as_json) == architecture
     assert parse_architecture(architecture.text).hash == architecture.hash
+
+
+@pytest.mark.parametrize("space_name", SPACES)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_networks_are_equal_exactly_if_their_hashes_texts_and_encodings_are(
+    space_name: str, seed: int
+) -> None:
+    space = SPACES[space_name]
+    tokens = space.sample(np.random.default_rng(seed))
+    network = space.decode(tokens)
+    for others in (tokens, *space.neighbours(tokens)):
+        other = space.decode(others)
+        same = other == network
+        assert (hash(other) == hash(network)) == same
+        assert (other.hash == network.hash) == same
+        assert (other.text == network.text) == same
+        assert (space.encode(other) == space.encode(network)) == same
 
 
 def test_two_descriptions_of_one_network_are_equal_and_have_one_hash() -> None:
@@ -136,8 +188,36 @@ def test_a_break_in_the_chain_of_channels_is_an_error() -> None:
 
 
 def test_a_network_whose_strides_exceed_its_image_is_impossible() -> None:
-    with pytest.raises(ConfigError, match=r"resolution must be at least .* \(32\), but got 16"):
+    with pytest.raises(ConfigError, match=r"resolution must be at least 17, .* but got 16"):
         adapt(published("mnasnet-a1"), resolution=16)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 2), st.lists(st.integers(1, 2), min_size=1, max_size=6))
+def test_a_network_is_possible_exactly_if_no_stride_exceeds_its_map(
+    resolution: int, stem_stride: int, strides: list[int]
+) -> None:
+    size, fits = resolution, True
+    for stride in (stem_stride, *strides):
+        fits = fits and stride <= size
+        size = -(-size // stride)
+    blocks = tuple(BlockSpec("dconv", 3, 1, 0, "none", 8, 1, stride) for stride in strides)
+    try:
+        network = Architecture(8, blocks, 8, resolution, 2, stem_stride=stem_stride)
+    except ValueError as error:
+        assert not fits
+        least = int(str(error).split("at least ")[1].split(",")[0])
+        assert Architecture(8, blocks, 8, least, 2, stem_stride=stem_stride).resolution == least
+        assert resolution < least
+    else:
+        assert fits
+        assert all(layer.output_size >= 1 for layer in network.layers())
+
+
+@pytest.mark.parametrize("ratio", [1 / 3, 1e-12])
+def test_a_ratio_that_the_text_form_cannot_write_is_refused(ratio: float) -> None:
+    with pytest.raises(ValueError, match="se_ratio must have at most 10 decimals"):
+        BlockSpec("dconv", 3, 1, ratio, "none", 8, 1, 1)
 
 
 def test_layers_carry_the_stride_once_and_the_skip_where_it_fits() -> None:

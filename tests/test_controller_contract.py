@@ -9,16 +9,23 @@ import sys
 import numpy as np
 import pytest
 
-from controller.base import Controller, Proposal, Result, State
+from controller.base import Controller, Outcome, Proposal, Result, State
 from controller.contract import check_controller, play
+from controller.evolution import EvolutionConfig
+from controller.local_search import LocalSearchConfig
 from controller.policy import PolicyConfig
 from controller.ppo import PPOConfig
 from controller.random_search import RandomConfig, RandomSearch
 from controller.registry import CONTROLLERS, BuiltInControllerConfig, make_controller
+from controller.reinforce import ReinforceConfig
 
 CONFIGS: dict[str, BuiltInControllerConfig] = {
     "random": RandomConfig(),
     "ppo": PPOConfig(policy=PolicyConfig(hidden_size=16, embedding_size=8)),
+    "reinforce": ReinforceConfig(),
+    # Small enough for the suite to reach ageing, and restarts.
+    "evolution": EvolutionConfig(population=6, sample_size=3),
+    "local": LocalSearchConfig(starts=3, patience=1),
 }
 SPACES = [(5,), (1,), (2, 3, 4, 1, 6), (3,) * 28]
 
@@ -78,6 +85,18 @@ def test_a_space_that_is_none_is_refused(
 ) -> None:
     with pytest.raises(ValueError, match="num_choices"):
         make_controller(config, num_choices, np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("name", ["evolution", "local"])
+@pytest.mark.parametrize("outcomes", [["completed"], ["failed"], ["completed", "failed"]], ids=str)
+def test_no_tokens_are_proposed_twice_before_the_whole_space_was(
+    name: str, outcomes: list[Outcome]
+) -> None:
+    num_choices = (2, 3, 1, 4)
+    controller = make_controller(CONFIGS[name], num_choices, np.random.default_rng(0))
+    made = play(controller, num_choices, rounds=6, batch=4, outcomes=outcomes)
+    assert len({p.tokens for p in made}) == 24
+    assert len(play(controller, num_choices, rounds=2, batch=4, outcomes=outcomes)) == 8
 
 
 def test_random_search_is_uniform_and_says_so() -> None:

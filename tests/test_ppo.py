@@ -12,14 +12,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from toy_spaces import ToySpace, best_reward, completed, rewards_of, toy_space
+from toy_spaces import best_of_seeds, completed, rewards_of, toy_space
 
 from controller.base import Proposal, Result, state_from_bytes, state_to_bytes
 from controller.contract import play
 from controller.policy import LSTMPolicy, PolicyConfig
-from controller.ppo import PPO, PPOConfig, RewardScale, Surrogate
+from controller.ppo import PPO, PPOConfig, Surrogate
 from controller.random_search import RandomConfig, RandomSearch
-from controller.registry import BuiltInControllerConfig, ControllerConfig, make_controller
+from controller.registry import (
+    CONTROLLERS,
+    BuiltInControllerConfig,
+    ControllerConfig,
+    make_controller,
+)
+from controller.reward_scale import RewardScale
 from space.errors import ConfigError
 from space.records import build, record
 
@@ -307,7 +313,7 @@ def test_a_new_process_continues_a_saved_state_bit_for_bit(tmp_path: Path, threa
     assert (tmp_path / "after").read_bytes() == state_to_bytes(ppo.state_dict())
 
 
-@pytest.mark.parametrize("controller", ["random", "ppo"])
+@pytest.mark.parametrize("controller", CONTROLLERS)
 def test_a_state_of_another_space_is_refused_and_both_are_named(controller: str) -> None:
     config = build(_Holder, {"controller": {"name": controller}}, where="test").controller
     other = make_controller(config, (2, 2), np.random.default_rng(0))
@@ -377,21 +383,6 @@ def test_an_unknown_controller_is_refused_with_the_nearest_name() -> None:
 
 
 # ---------------------------------------------------------------- the bar
-
-
-def best_of_seeds(config: BuiltInControllerConfig, space: ToySpace, seeds: int) -> np.ndarray:
-    """The best reward after 300 trials in the default batches of 16, for each seed."""
-    return np.array(
-        [
-            best_reward(
-                make_controller(config, space.num_choices, np.random.default_rng(seed)),
-                space,
-                trials=300,
-                batch=16,
-            )
-            for seed in range(seeds)
-        ]
-    )
 
 
 def test_ppo_beats_random_search_and_comes_near_the_optimum() -> None:

@@ -1,0 +1,188 @@
+"""What the engine itself costs: trials per second, memory, database, with an instant evaluator.
+
+    python benchmarks/engine.py [--trials 20000] [--ray-trials 2000] [--workers 2]
+
+Every trial is committed on its own. Serial: the whole campaign in this process, the random
+controller. Ray: the same through Ray workers, beside bare Ray: actor calls of the same function at
+the same concurrency that record nothing, the two taking turns in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from search import campaign as folders
+from search.config import CampaignConfig, campaign_config
+from search.engine import Silent
+from search.loop import Search
+from search.parts import Parts
+from search.trial import Trial
+from space.architecture import parse_architecture
+from space.search_space import load_space
+
+BATCH = 16
+
+
+def config(trials: int, executor: dict[str, Any]) -> CampaignConfig:
+    """A campaign of the paper's space with the synthetic evaluator, which only computes."""
+    return campaign_config(
+        {
+            "name": "engine",
+            "space": {"name": "mnasnet"},
+            "controller": {"name": "random"},
+            "evaluator": {"name": "synthetic"},
+            "objective": {"target_ms": 75.0},
+            "executor": executor,
+            "stop": {"trials": trials},
+            "batch_size": BATCH,
+        },
+        where="benchmarks/engine.py",
+        folder=Path("."),
+    )
+
+
+class Clock(Silent):
+    """Notes when a trial was done and how much memory the process had."""
+
+    def __init__(self) -> None:
+        self.done = 0
+        self.times: list[float] = [time.perf_counter()]
+        self.memory_mb: dict[int, float] = {}
+
+    def trial(self, trial: Trial) -> None:
+        """Count it."""
+        self.done += 1
+        if self.done % 1000 == 0:
+            self.times.append(time.perf_counter())
+            self.memory_mb[self.done] = psutil.Process().memory_info().rss / 2**20
+
+    def update(self, batch: int, diagnostics: Mapping[str, float]) -> None:
+        """Ignore it."""
+
+
+def campaign_seconds(made: CampaignConfig, watcher: Silent) -> tuple[float, int]:
+    """Run a search; return its seconds and the bytes of its database."""
+    parts = Parts(made)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "campaign"
+        with folders.create(path, made) as campaign:
+            started = time.perf_counter()
+            Search(campaign, parts, watcher).run()
+            seconds = time.perf_counter() - started
+        return seconds, (path / "campaign.db").stat().st_size
+
+
+def serial(trials: int) -> None:
+    """Print what a serial campaign costs."""
+    clock = Clock()
+    seconds, size = campaign_seconds(config(trials, {"name": "serial"}), clock)
+    laps = [b - a for a, b in zip(clock.times, clock.times[1:], strict=False)]
+    rates = sorted(1000 / lap for lap in laps)
+    print(f"serial, {trials:,} trials in {seconds:.1f} s")
+    print(
+        f"  {statistics.median(rates):8.0f} trials/s, median of thousands"
+        f" [{rates[0]:.0f}, {rates[-1]:.0f}]"
+    )
+    print(f"  {size / trials:8.0f} bytes of campaign.db per trial")
+    first, last = clock.memory_mb[1000], clock.memory_mb[max(clock.memory_mb)]
+    print(
+        f"  {100 * (last / first - 1):+8.1f} % memory from trial 1,000 ({first:.0f} MB) to"
+        f" {max(clock.memory_mb):,} ({last:.0f} MB)"
+    )
+
+
+class Bare:
+    """A bare Ray actor that does what a worker does with a job, and no more."""
+
+    def __init__(self) -> None:
+        from search.config import SyntheticEvaluatorConfig
+        from search.evaluation import SyntheticEvaluator
+
+        self.evaluator = SyntheticEvaluator(SyntheticEvaluatorConfig("synthetic"))
+
+    def run(self, text: str, seed: int) -> object:
+        """Evaluate a network."""
+        return self.evaluator.evaluate(parse_architecture(text), seed=seed, time_limit_s=60)
+
+
+def bare_rates(trials: int, workers: int, rounds: int) -> list[float]:
+    """Actor calls per second of bare Ray with one call in flight per worker."""
+    import numpy as np
+    import ray
+
+    ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
+    try:
+        actors = [ray.remote(Bare).options(num_cpus=1).remote() for _ in range(workers)]
+        space, rng = load_space("mnasnet"), np.random.default_rng(1)
+        texts = [space.decode(space.sample(rng)).text for _ in range(trials)]
+        ray.get([actor.run.remote(texts[0], 0) for actor in actors])
+        rates = []
+        for _ in range(rounds):
+            queue = collections.deque(texts)
+            started = time.perf_counter()
+            running = {a.run.remote(queue.popleft(), 0): a for a in actors}
+            while running:
+                done, _ = ray.wait(list(running))
+                for ref in done:
+                    actor = running.pop(ref)
+                    ray.get(ref)
+                    if queue:
+                        running[actor.run.remote(queue.popleft(), 0)] = actor
+            rates.append(trials / (time.perf_counter() - started))
+        return rates
+    finally:
+        ray.shutdown()
+
+
+class Laps(Silent):
+    """Times a Ray campaign from its first result, so that Ray's start is left out."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def trial(self, trial: Trial) -> None:
+        """Note the time."""
+        self.times.append(time.perf_counter())
+
+
+def through_ray(trials: int, workers: int, rounds: int) -> None:
+    """Print how the Ray executor compares with bare Ray."""
+    ours, bare = [], []
+    executor = {"name": "ray", "workers": workers, "trials_per_process": 10**9}
+    for _ in range(rounds):
+        laps = Laps()
+        campaign_seconds(config(trials, executor), laps)
+        ours.append((trials - 1) / (laps.times[-1] - laps.times[0]))
+        bare += bare_rates(trials, workers, 1)
+    ratios = [a / b for a, b in zip(ours, bare, strict=True)]
+    print(f"Ray, {workers} workers, {trials:,} trials, {rounds} rounds in turn")
+    print(f"  {statistics.median(ours):8.0f} trials/s, each committed")
+    print(f"  {statistics.median(bare):8.0f} bare actor calls/s")
+    print(f"  {statistics.median(ratios):8.2f} of bare Ray [{min(ratios):.2f}, {max(ratios):.2f}]")
+
+
+def main() -> None:
+    """Print all figures."""
+    parser = argparse.ArgumentParser(description="What the engine itself costs.")
+    parser.add_argument("--trials", type=int, default=20_000)
+    parser.add_argument("--ray-trials", type=int, default=2000)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    if args.trials:
+        serial(args.trials)
+    if args.ray_trials:
+        through_ray(args.ray_trials, args.workers, args.rounds)
+
+
+if __name__ == "__main__":
+    main()
