@@ -28,7 +28,7 @@ import psutil
 
 from search.evaluation import Evaluation, Evaluator, make_evaluator
 from search.trial import Failure
-from space.architecture import parse_architecture
+from space.architecture import Architecture
 from space.errors import ConfigError, TrialFailed
 from space.records import record
 
@@ -51,12 +51,12 @@ class Job:
 
     Attributes:
         trial_id: The key that makes recording exactly-once.
-        architecture: The network's text form.
+        architecture: The network.
         seed: 0 to 2**32 - 1.
     """
 
     trial_id: int
-    architecture: str
+    architecture: Architecture
     seed: int
 
 
@@ -104,9 +104,7 @@ class Executor(ABC):
 def run_job(evaluator: Evaluator, job: Job, time_limit_s: float) -> Evaluation | Failure:
     """Evaluate a job; whatever goes wrong inside becomes a Failure."""
     try:
-        return evaluator.evaluate(
-            parse_architecture(job.architecture), seed=job.seed, time_limit_s=time_limit_s
-        )
+        return evaluator.evaluate(job.architecture, seed=job.seed, time_limit_s=time_limit_s)
     except TrialFailed as error:
         return Failure(error.reason, error.cause, error.detail)
     except MemoryError:

@@ -9,6 +9,7 @@ configuration alone: killed anywhere and resumed, it gives the same rows as one 
 
 from __future__ import annotations
 
+import collections
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -74,13 +75,20 @@ class Search:
         self.watcher = watcher
         self.parts = parts
         self.objective = Objective(self.config.objective, self._target_ms())
-        self._originals = {
-            (trial.architecture_hash, trial.epochs): trial
-            for trial in reversed(self.store.trials(role="search"))
-            if _is_original(trial)
-        }
         self._spent_s: float = self.store.meta("spent_s", 0.0)
         self._started = time.monotonic()
+        self._batch: dict[int, Trial] = {}
+        self._networks: dict[int, Architecture] = {}
+        # What the stop rules look at, counted along: a large campaign's rows are not read again.
+        self._counts = collections.Counter(self.store.counts())
+        self._next_id, self._next_batch = self.store.next_ids()
+        self._recent: collections.deque[tuple[int, int]] = collections.deque(
+            (
+                _repeats(self.store.trials(batch=batch))
+                for batch, _, _ in self.store.updates(last=REPEATING_BATCHES)
+            ),
+            maxlen=REPEATING_BATCHES,
+        )
 
     def run(self) -> str:
         """Search until a stop rule holds; return the sentence that says which.
@@ -100,8 +108,7 @@ class Search:
                 trials = open_batch or self._propose(controller)
                 if executor is None and any(t.outcome is None for t in trials):
                     executor = make_executor(self.config.executor, self.config.evaluator)
-                self._evaluate(trials, executor)
-                self._update(controller, trials[0].batch)
+                self._update(controller, self._evaluate(trials, executor))
         finally:
             self._note_time()
             if executor is not None:
@@ -111,18 +118,22 @@ class Search:
 
     def _propose(self, controller: Controller) -> list[Trial]:
         """Transaction (a)."""
-        next_id, batch = self.store.next_ids()
-        left = self.config.stop.trials - self._proposed()
+        left = self.config.stop.trials - self._counts.total()
+        self._networks.clear()
         proposals = controller.propose(min(self.config.batch_size, left))
         trials = [
-            self._new_trial(next_id + index, batch, proposal)
+            self._new_trial(self._next_id + index, self._next_batch, proposal)
             for index, proposal in enumerate(proposals)
         ]
         self.store.begin_batch(trials, state_to_bytes(controller.state_dict()))
+        self._next_id += len(trials)
+        self._next_batch += 1
+        self._counts["pending"] += len(trials)
         return trials
 
     def _new_trial(self, trial_id: int, batch: int, proposal: Proposal) -> Trial:
         architecture = self.parts.space.decode(proposal.tokens)
+        self._networks[trial_id] = architecture
         return Trial(
             id=trial_id,
             batch=batch,
@@ -137,14 +148,15 @@ class Search:
             created_at=time.time(),
         )
 
-    def _evaluate(self, trials: Sequence[Trial], executor: Executor | None) -> None:
-        """Give every trial of a batch its result: transaction (b) for each."""
+    def _evaluate(self, trials: Sequence[Trial], executor: Executor | None) -> list[Trial]:
+        """Give every trial of a batch its result, transaction (b) for each; return them all."""
+        self._batch = {trial.id: trial for trial in trials}
         open_trials = [trial for trial in trials if trial.outcome is None]
         followers: list[Trial] = []
         to_train: list[Trial] = []
         leaders: set[str] = set()
         for trial in open_trials:
-            if self._original(trial) or trial.architecture_hash in leaders:
+            if trial.architecture_hash in leaders or self._original(trial):
                 followers.append(trial)
             else:
                 leaders.add(trial.architecture_hash)
@@ -161,6 +173,7 @@ class Search:
                 self._train(self._measure([trial], executor), executor)
             else:
                 self._reuse(trial, original)
+        return list(self._batch.values())
 
     def _measure(self, trials: Sequence[Trial], executor: Executor) -> list[Trial]:
         """Return the trials to train: measured, if there is a device, and not rejected."""
@@ -173,7 +186,7 @@ class Search:
         for trial in trials:
             started = time.monotonic()
             try:
-                measurement_id, metrics = self._measurement(meter, trial.network())
+                measurement_id, metrics = self._measurement(meter, self._network(trial))
             except MeasurementError as error:
                 failure = Failure(f"measuring failed: {error}", error.cause)
                 self._finish(replace(trial, outcome="failed", failure=failure))
@@ -213,11 +226,10 @@ class Search:
         if not trials:
             return
         self.watcher.phase("train", len(trials))
-        by_id = {trial.id: trial for trial in trials}
+        by_id = {trial.id: replace(trial, attempt=trial.attempt + 1) for trial in trials}
+        self.store.start_attempts(list(by_id.values()))
         for trial in trials:
-            by_id[trial.id] = replace(trial, attempt=trial.attempt + 1)
-            self.store.start_attempt(trial.id, trial.attempt + 1)
-            executor.submit(Job(trial.id, trial.architecture, trial.seed))
+            executor.submit(Job(trial.id, self._network(trial), trial.seed))
         while by_id:
             for finished in executor.wait(timeout_s=1.0):
                 trial = by_id.pop(finished.job.trial_id)
@@ -238,7 +250,7 @@ class Search:
         if trial.measurement_ids:
             # What the device measured is never overwritten by what an evaluator says.
             metrics[LATENCY] = (trial.metrics or {})[LATENCY]
-        cost = count(trial.network())
+        cost = count(self._network(trial))
         metrics.update(macs=float(cost.macs), parameters=float(cost.parameters))
         try:
             reward, parts = self.objective.reward(evaluation.accuracy, metrics)
@@ -280,22 +292,25 @@ class Search:
         trial = replace(trial, finished_at=time.time())
         if not self.store.finish_trial(trial):
             raise RuntimeError(f"trial {trial.id} already had a result: two writers?")
-        if _is_original(trial):
-            self._originals.setdefault((trial.architecture_hash, trial.epochs), trial)
+        assert trial.outcome is not None  # it is finished
+        self._batch[trial.id] = trial
+        self._counts["pending"] -= 1
+        self._counts[trial.outcome] += 1
         if trial.failure is not None:
             logger.warning("trial %d %s: %s", trial.id, trial.outcome, trial.failure.reason)
             if trial.failure.detail:
                 logger.info("trial %d detail:\n%s", trial.id, trial.failure.detail)
         self.watcher.trial(trial)
 
-    def _update(self, controller: Controller, batch: int) -> None:
+    def _update(self, controller: Controller, trials: Sequence[Trial]) -> None:
         """Transaction (c). The infrastructure's failures are withheld from the controller."""
-        trials = self.store.trials(batch=batch)
+        batch = trials[0].batch
         learned = [trial for trial in trials if not _is_infrastructure(trial)]
         controller.update([_result(trial) for trial in learned])
         diagnostics = controller.diagnostics()
         self._note_time()
         self.store.commit_update(batch, [trial.id for trial in learned], diagnostics)
+        self._recent.append(_repeats(trials))
         self.watcher.update(batch, diagnostics)
 
     # ------------------------------------------------------------------ resume and stop
@@ -321,18 +336,21 @@ class Search:
             return []
         return self.store.trials(batch=snapshot[0])
 
-    def _original(self, trial: Trial) -> Trial | None:
-        return self._originals.get((trial.architecture_hash, trial.epochs))
+    def _network(self, trial: Trial) -> Architecture:
+        """The network of a trial of the open batch, which a resumed search has to read again."""
+        if trial.id not in self._networks:
+            self._networks[trial.id] = trial.network()
+        return self._networks[trial.id]
 
-    def _proposed(self) -> int:
-        return sum(self.store.counts().values())
+    def _original(self, trial: Trial) -> Trial | None:
+        """The earlier trial whose result an identical one takes, if there is one."""
+        return self.store.original(trial.architecture_hash, trial.epochs)
 
     def _stop_reason(self) -> str | None:
-        stop, counts = self.config.stop, self.store.counts()
-        proposed = sum(counts.values())
+        stop, proposed = self.config.stop, self._counts.total()
         if proposed >= stop.trials:
             return f"all {proposed} trials are done"
-        trained = counts.get("completed", 0)
+        trained = self._counts["completed"]
         if stop.trained is not None and trained >= stop.trained:
             return f"{trained} networks are trained"
         if stop.hours is not None and self._spent() >= stop.hours * 3600:
@@ -340,15 +358,13 @@ class Search:
         return self._repeats_itself()
 
     def _repeats_itself(self) -> str | None:
-        updates = self.store.updates(last=REPEATING_BATCHES)
-        if len(updates) < REPEATING_BATCHES:
+        if len(self._recent) < REPEATING_BATCHES:
             return None
-        recent = [t for batch, _, _ in updates for t in self.store.trials(batch=batch)]
-        repeated = sum(trial.reused_from is not None for trial in recent)
-        if repeated < REPEATING_SHARE * len(recent):
+        repeated, of = (sum(numbers) for numbers in zip(*self._recent, strict=True))
+        if repeated < REPEATING_SHARE * of:
             return None
         return (
-            f"{repeated} of the last {len(recent)} trials only repeated earlier networks: the"
+            f"{repeated} of the last {of} trials only repeated earlier networks: the"
             " controller has settled"
         )
 
@@ -385,14 +401,13 @@ class Search:
         return target_ms
 
 
+def _repeats(trials: Sequence[Trial]) -> tuple[int, int]:
+    """How many of a batch's trials took an earlier network's result, and how many there are."""
+    return sum(trial.reused_from is not None for trial in trials), len(trials)
+
+
 def _is_infrastructure(trial: Trial) -> bool:
     return trial.failure is not None and trial.failure.cause == "infrastructure"
-
-
-def _is_original(trial: Trial) -> bool:
-    """Whether later identical networks take this trial's result."""
-    done = trial.outcome is not None and trial.reused_from is None
-    return done and not _is_infrastructure(trial)
 
 
 def _result(trial: Trial) -> Result:

@@ -94,6 +94,11 @@ _COLUMNS = (
     "metrics", "reward", "parts", "measurement_ids", "timings", "failure", "created_at",
     "finished_at", "finalist_of",
 )  # fmt: skip
+#: What a trial's result consists of; the rest is fixed when it is proposed.
+_RESULT_COLUMNS = (
+    "outcome", "attempt", "reused_from", "accuracy", "metrics", "reward", "parts",
+    "measurement_ids", "timings", "failure", "finished_at",
+)  # fmt: skip
 _JSON_COLUMNS = frozenset({"tokens", "metrics", "parts", "measurement_ids", "timings", "failure"})
 _NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs"})
 
@@ -199,21 +204,21 @@ class Store:
         with self._transaction():
             self._insert(trials)
 
-    def start_attempt(self, trial_id: int, attempt: int) -> None:
-        """Count an attempt, so that a trial which kills the engine is not tried for ever."""
-        self._db.execute(
-            "UPDATE trial SET attempt = ? WHERE id = ? AND outcome IS NULL", (attempt, trial_id)
-        )
+    def start_attempts(self, trials: Sequence[Trial]) -> None:
+        """Count the attempts, so that a trial which kills the engine is not tried for ever."""
+        with self._transaction():
+            self._db.executemany(
+                "UPDATE trial SET attempt = ? WHERE id = ? AND outcome IS NULL",
+                [(trial.attempt, trial.id) for trial in trials],
+            )
 
     def finish_trial(self, trial: Trial) -> bool:
         """(b) Record a result; exactly once: False if the trial already had one."""
-        changes = [name for name in _COLUMNS if name != "id"]
-        sets = ", ".join(f"{name} = ?" for name in changes)
-        row = _row(trial)
+        sets = ", ".join(f"{name} = ?" for name in _RESULT_COLUMNS)
         with self._transaction():
             cursor = self._db.execute(
                 f"UPDATE trial SET {sets} WHERE id = ? AND outcome IS NULL",
-                [*(row[name] for name in changes), trial.id],
+                [*_values(trial, _RESULT_COLUMNS), trial.id],
             )
         return cursor.rowcount == 1
 
@@ -386,6 +391,20 @@ class Store:
                 return
             last_id = rows[-1][0]
 
+    def original(self, architecture_hash: str, epochs: float) -> Trial | None:
+        """Return the first search trial of a network at this fidelity with a result of its own.
+
+        Results that are the machine's fault don't count: such a network is evaluated again.
+        """
+        rows = self._db.execute(
+            f"SELECT {', '.join(_COLUMNS)} FROM trial WHERE architecture_hash = ? AND epochs = ?"
+            " AND role = 'search' AND outcome IS NOT NULL AND reused_from IS NULL"
+            " AND coalesce(json_extract(failure, '$.cause'), '') <> 'infrastructure'"
+            " ORDER BY id LIMIT 1",
+            (architecture_hash, epochs),
+        ).fetchall()
+        return _trial(rows[0]) if rows else None
+
     def counts(self) -> dict[str, int]:
         """Return outcome -> number of search trials; `pending` for those without a result."""
         rows = self._db.execute(
@@ -420,18 +439,18 @@ class Store:
         marks = ", ".join("?" * len(_COLUMNS))
         self._db.executemany(
             f"INSERT INTO trial ({', '.join(_COLUMNS)}) VALUES ({marks})",
-            [list(_row(trial).values()) for trial in trials],
+            [_values(trial, _COLUMNS) for trial in trials],
         )
 
 
-def _row(trial: Trial) -> dict[str, Any]:
-    plain = to_plain(trial)
-    return {
-        name: json.dumps(plain[name], allow_nan=False)
-        if name in _JSON_COLUMNS and plain[name] is not None
-        else plain[name]
-        for name in _COLUMNS
-    }
+_encode = json.JSONEncoder(allow_nan=False, default=to_plain).encode
+
+
+def _values(trial: Trial, columns: Sequence[str]) -> list[Any]:
+    return [
+        _encode(value) if name in _JSON_COLUMNS and value is not None else value
+        for name, value in ((name, getattr(trial, name)) for name in columns)
+    ]
 
 
 def _trial(row: Sequence[Any]) -> Trial:
