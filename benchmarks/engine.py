@@ -1,6 +1,6 @@
 """What the engine itself costs: trials per second, memory, database, with an instant evaluator.
 
-    python benchmarks/engine.py [--trials 20000] [--ray-trials 2000] [--workers 2]
+    python benchmarks/engine.py [--trials 20000] [--ray-trials 2000] [--use-trials 160]
 
 Every trial is committed on its own. Serial: the whole campaign in this process, the random
 controller. Ray: the same through Ray workers, beside bare Ray: actor calls of the same function at
@@ -21,9 +21,9 @@ from typing import Any
 import psutil
 
 from search import campaign as folders
+from search.async_loop import make_search
 from search.config import CampaignConfig, campaign_config
 from search.engine import Silent
-from search.loop import Search
 from search.parts import Parts
 from search.trial import Trial
 from space.architecture import parse_architecture
@@ -32,18 +32,19 @@ from space.search_space import load_space
 BATCH = 16
 
 
-def config(trials: int, executor: dict[str, Any]) -> CampaignConfig:
+def config(trials: int, executor: dict[str, Any], **changes: Any) -> CampaignConfig:
     """A campaign of the paper's space with the synthetic evaluator, which only computes."""
     return campaign_config(
         {
             "name": "engine",
             "space": {"name": "mnasnet"},
             "controller": {"name": "random"},
-            "evaluator": {"name": "synthetic"},
+            "evaluator": {"name": "synthetic", **changes.pop("evaluator", {})},
             "objective": {"target_ms": 75.0},
             "executor": executor,
             "stop": {"trials": trials},
             "batch_size": BATCH,
+            **changes,
         },
         where="benchmarks/engine.py",
         folder=Path("."),
@@ -76,7 +77,7 @@ def campaign_seconds(made: CampaignConfig, watcher: Silent) -> tuple[float, int]
         path = Path(folder) / "campaign"
         with folders.create(path, made) as campaign:
             started = time.perf_counter()
-            Search(campaign, parts, watcher).run()
+            make_search(campaign, parts, watcher).run()
             seconds = time.perf_counter() - started
         return seconds, (path / "campaign.db").stat().st_size
 
@@ -170,16 +171,64 @@ def through_ray(trials: int, workers: int, rounds: int) -> None:
     print(f"  {statistics.median(ratios):8.2f} of bare Ray [{min(ratios):.2f}, {max(ratios):.2f}]")
 
 
+class Spans(Silent):
+    """Notes from when to when each trial was trained, in seconds since the epoch."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[float, float]] = []
+
+    def trial(self, trial: Trial) -> None:
+        """Note it."""
+        if trial.timings and trial.finished_at:
+            self.spans.append((trial.finished_at - trial.timings["train_s"], trial.finished_at))
+
+
+def use_of_workers(trials: int, workers: int) -> None:
+    """Print the share of the time that simulated workers have something to do, in both modes.
+
+    The window is from the moment when every worker had its first child to the start of the last
+    child: at the end of a search there is nothing left to give.
+    """
+    from ray.cluster_utils import Cluster
+
+    print(f"use of {workers} simulated workers, {trials} trials of 0.5 to 4 s")
+    for mode in ("async", "sync"):
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": workers})
+        try:
+            made = config(
+                trials,
+                {
+                    "name": "ray",
+                    "workers": workers,
+                    "address": cluster.address,
+                    "trials_per_process": 10**9,
+                },
+                mode=mode,
+                evaluator={"seconds": 0.5, "slowest_seconds": 4.0},
+            )
+            watcher = Spans()
+            campaign_seconds(made, watcher)
+        finally:
+            cluster.shutdown()
+        starts = sorted(start for start, _ in watcher.spans)
+        low, high = starts[workers - 1], starts[-1]
+        busy = sum(max(0.0, min(b, high) - max(a, low)) for a, b in watcher.spans)
+        print(f"  {100 * busy / (workers * (high - low)):8.1f} % {mode}")
+
+
 def main() -> None:
     """Print all figures."""
     parser = argparse.ArgumentParser(description="What the engine itself costs.")
     parser.add_argument("--trials", type=int, default=20_000)
     parser.add_argument("--ray-trials", type=int, default=2000)
+    parser.add_argument("--use-trials", type=int, default=160)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     if args.trials:
         serial(args.trials)
+    if args.use_trials:
+        use_of_workers(args.use_trials, 8)
     if args.ray_trials:
         through_ray(args.ray_trials, args.workers, args.rounds)
 

@@ -4,7 +4,8 @@ A controller knows tokens and numbers, never networks. The engine calls, in this
 one thread:
 
     proposals = controller.propose(n)      # n tokens to evaluate; may advance the controller's RNG
-    controller.update(results)             # one Result per proposal, in the order proposed
+    controller.update(results)             # in the order proposed, all of what was proposed;
+                                           # an asynchronous search: as they come, others open
     controller.observe(results)            # trials that it did not propose, e.g. a baseline
 
 `state_dict` holds everything that the next proposal depends on, the RNG included: after
@@ -93,7 +94,7 @@ class Controller(ABC):
 
     @abstractmethod
     def update(self, results: Sequence[Result]) -> None:
-        """Learn from the results of own proposals, in the order proposed.
+        """Learn from the results of own proposals; see the module for their order.
 
         Each subclass documents what it does with outcomes that have no reward.
         """

@@ -42,6 +42,7 @@ def check_controller(make: Make, num_choices: Sequence[int]) -> list[CheckResult
         ("update takes every outcome, and what follows is finite", _outcomes),
         ("update takes a batch without any reward", _no_rewards),
         ("update takes one result, and none", _small_batches),
+        ("update takes results in any order while others are open", _any_order),
         ("update takes equal rewards", _equal_rewards),
         ("observe takes trials that it did not propose", _observe),
         ("diagnostics are finite numbers", _diagnostics),
@@ -201,6 +202,17 @@ def _small_batches(make: Make, num_choices: tuple[int, ...]) -> str:
     controller.propose(1)
     controller.update([])  # the infrastructure failed it, so that nothing is to be learned
     play(controller, num_choices, rounds=1)
+    return _health(controller, num_choices)
+
+
+def _any_order(make: Make, num_choices: tuple[int, ...]) -> str:
+    controller = make(np.random.default_rng(3))
+    open_proposals = [controller.propose(1)[0] for _ in range(8)]
+    for _ in range(6):
+        # The latest proposals end first; the oldest stay open.
+        ended = [open_proposals.pop(), open_proposals.pop(3)]
+        controller.update([synthetic_result(p, num_choices) for p in ended])
+        open_proposals += [controller.propose(1)[0] for _ in ended]
     return _health(controller, num_choices)
 
 

@@ -75,16 +75,24 @@ class SyntheticEvaluatorConfig:
 
     Attributes:
         seconds: How long an evaluation pretends to take.
+        slowest_seconds: Each takes a time of its own between `seconds` and this, chosen by hash,
+            most of them short ones; None: all the same.
         fail_share: Share of networks whose evaluation fails, chosen by hash.
     """
 
     name: Literal["synthetic"]
     seconds: float = 0.0
+    slowest_seconds: float | None = None
     fail_share: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.seconds <= 3600:
             raise ValueError(f"seconds must be in [0, 3600], but got {self.seconds!r}")
+        if self.slowest_seconds is not None and not 0 < self.seconds <= self.slowest_seconds:
+            raise ValueError(
+                "slowest_seconds must be at least seconds, and these > 0, but got"
+                f" {self.slowest_seconds!r} and {self.seconds!r}"
+            )
         if not 0 <= self.fail_share <= 1:
             raise ValueError(f"fail_share must be in [0, 1], but got {self.fail_share!r}")
 
@@ -208,6 +216,10 @@ class CampaignConfig:
         device: What gives their latency; null if the evaluator gives `latency_ms` itself.
         objective: Accuracy and latency -> reward.
         batch_size: Proposals that are evaluated before the controller learns from them.
+        mode: `sync`: a batch is evaluated as a whole before the next one is proposed (the paper's;
+            deterministic with a deterministic evaluator). `async`: every worker that comes free
+            gets a proposal at once, and the controller learns whenever `batch_size` results have
+            come, in the order in which they came.
         executor: Where trials are evaluated.
         stop: When the search ends.
         retrain: What happens to the best; null ends with the search.
@@ -224,6 +236,7 @@ class CampaignConfig:
     retrain: RetrainConfig | None = None
     seed: int = 0
     batch_size: int = 16
+    mode: Literal["sync", "async"] = "sync"
 
     def __post_init__(self) -> None:
         if not self.name or any(c in self.name for c in "/\\\0") or self.name.startswith("."):
@@ -234,6 +247,11 @@ class CampaignConfig:
             raise ValueError(f"seed must be in [0, 2**63), but got {self.seed}")
         if self.device is None and isinstance(self.evaluator, TrainEvaluatorConfig):
             raise ValueError("device must be given: training gives no latency, but got null")
+        if self.mode == "async" and getattr(self.device, "shares_cores", False):
+            raise ValueError(
+                "mode must be sync for a device that shares its cores with trainings, which go on"
+                " in async while it measures, but got 'async'"
+            )
 
 
 #: Keys that may differ when a campaign goes on: none of them changes what a trial's result means.

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from search import campaign as folders
+from search.async_loop import make_search
 from search.campaign import Campaign
 from search.config import CampaignConfig
 from search.finalists import LineWatcher, hand_over
-from search.loop import Search, Watcher
+from search.loop import Watcher
 from search.parts import Parts
 from search.trial import Trial
 from space.records import record
@@ -113,7 +114,7 @@ def run(campaign: Campaign, parts: Parts, watcher: CampaignWatcher) -> CampaignO
 
     with _log_file(campaign.folder / "campaign.log"), _terminable():
         logger.info("campaign %s in %s", campaign.config.name, campaign.folder)
-        search = Search(campaign, parts, watcher)
+        search = make_search(campaign, parts, watcher)
         stop_reason = search.run()
         logger.info("search ended: %s", stop_reason)
         winner = None

@@ -121,6 +121,7 @@ class SyntheticEvaluator(Evaluator):
 
     def __init__(self, config: SyntheticEvaluatorConfig) -> None:
         self._seconds = config.seconds
+        self._slowest = config.slowest_seconds or config.seconds
         self._fail_share = config.fail_share
 
     @property
@@ -135,11 +136,13 @@ class SyntheticEvaluator(Evaluator):
         self, architecture: Architecture, *, seed: int, time_limit_s: float
     ) -> Evaluation:
         """Return the made-up figures, after the time that the configuration asks for."""
-        if self._seconds > time_limit_s:
-            raise TrialFailed(f"time limit of {time_limit_s:g} s reached")
-        if self._seconds:
-            time.sleep(self._seconds)
         unit = _hash_unit(architecture.hash)
+        if self._seconds:
+            # Uniform in the logarithm: skewed, as real trainings' times are.
+            seconds = self._seconds * (self._slowest / self._seconds) ** unit
+            if seconds > time_limit_s:
+                raise TrialFailed(f"time limit of {time_limit_s:g} s reached")
+            time.sleep(seconds)
         if unit < self._fail_share:
             raise TrialFailed("diverged: the synthetic evaluator was asked to fail this network")
         macs = count(architecture).macs

@@ -84,6 +84,11 @@ class Finished:
 class Executor(ABC):
     """Evaluates jobs; see the module for the order of calls."""
 
+    @property
+    @abstractmethod
+    def capacity(self) -> int:
+        """How many jobs run at once."""
+
     @abstractmethod
     def submit(self, job: Job) -> None:
         """Queue a job."""
@@ -127,6 +132,11 @@ class SerialExecutor(Executor):
         self._warm = False
         self._time_limit_s = time_limit_s
         self._queue: collections.deque[tuple[Job, float]] = collections.deque()
+
+    @property
+    def capacity(self) -> int:
+        """One."""
+        return 1
 
     def submit(self, job: Job) -> None:
         """Queue a job."""
@@ -245,8 +255,8 @@ class RayExecutor(Executor):
             slot.process = self._start(slot)
 
     @property
-    def workers(self) -> int:
-        """How many jobs run at once."""
+    def capacity(self) -> int:
+        """The number of workers."""
         return len(self._slots)
 
     def submit(self, job: Job) -> None:

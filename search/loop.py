@@ -84,8 +84,8 @@ class Search:
         self._next_id, self._next_batch = self.store.next_ids()
         self._recent: collections.deque[tuple[int, int]] = collections.deque(
             (
-                _repeats(self.store.trials(batch=batch))
-                for batch, _, _ in self.store.updates(last=REPEATING_BATCHES)
+                repeats(self.store.trials_by_id(ids))
+                for _, ids, _ in self.store.updates(last=REPEATING_BATCHES)
             ),
             maxlen=REPEATING_BATCHES,
         )
@@ -177,36 +177,38 @@ class Search:
 
     def _measure(self, trials: Sequence[Trial], executor: Executor) -> list[Trial]:
         """Return the trials to train: measured, if there is a device, and not rejected."""
-        meter = self.parts.meter
-        if meter is None:
+        if self.parts.meter is None:
             return list(trials)
         executor.quiesce()
         self.watcher.phase("measure", len(trials))
         kept = []
         for trial in trials:
-            started = time.monotonic()
-            try:
-                measurement_id, metrics = self._measurement(meter, self._network(trial))
-            except MeasurementError as error:
-                failure = Failure(f"measuring failed: {error}", error.cause)
-                self._finish(replace(trial, outcome="failed", failure=failure))
-                continue
-            finally:
-                self.watcher.advance()
-            timings = {"measure_s": time.monotonic() - started}
-            trial = replace(
-                trial, metrics=metrics, measurement_ids=(measurement_id,), timings=timings
-            )
-            if self.objective.rejects(metrics):
-                limit = self.objective.reject_above_ms
-                failure = Failure(
-                    f"rejected before training: {metrics[LATENCY]:.4g} ms is above {limit:.4g} ms",
-                    "architecture",
-                )
-                self._finish(replace(trial, outcome="rejected", failure=failure))
-            else:
-                kept.append(trial)
+            measured = self._measured(self.parts.meter, trial)
+            self.watcher.advance()
+            if measured is not None:
+                kept.append(measured)
         return kept
+
+    def _measured(self, meter: LatencyMeter, trial: Trial) -> Trial | None:
+        """The trial with its latency, or None: it failed or is rejected, and has its result."""
+        started = time.monotonic()
+        try:
+            measurement_id, metrics = self._measurement(meter, self._network(trial))
+        except MeasurementError as error:
+            failure = Failure(f"measuring failed: {error}", error.cause)
+            self._finish(replace(trial, outcome="failed", failure=failure))
+            return None
+        timings = {"measure_s": time.monotonic() - started}
+        trial = replace(trial, metrics=metrics, measurement_ids=(measurement_id,), timings=timings)
+        if self.objective.rejects(metrics):
+            limit = self.objective.reject_above_ms
+            failure = Failure(
+                f"rejected before training: {metrics[LATENCY]:.4g} ms is above {limit:.4g} ms",
+                "architecture",
+            )
+            self._finish(replace(trial, outcome="rejected", failure=failure))
+            return None
+        return trial
 
     def _measurement(
         self, meter: LatencyMeter, architecture: Architecture
@@ -305,12 +307,12 @@ class Search:
     def _update(self, controller: Controller, trials: Sequence[Trial]) -> None:
         """Transaction (c). The infrastructure's failures are withheld from the controller."""
         batch = trials[0].batch
-        learned = [trial for trial in trials if not _is_infrastructure(trial)]
-        controller.update([_result(trial) for trial in learned])
+        learned = [trial for trial in trials if not is_infrastructure(trial)]
+        controller.update([result_of(trial) for trial in learned])
         diagnostics = controller.diagnostics()
         self._note_time()
         self.store.commit_update(batch, [trial.id for trial in learned], diagnostics)
-        self._recent.append(_repeats(trials))
+        self._recent.append(repeats(trials))
         self.watcher.update(batch, diagnostics)
 
     # ------------------------------------------------------------------ resume and stop
@@ -326,7 +328,7 @@ class Search:
         if self.store.has_update(batch):
             _, ids, _ = self.store.updates(last=1)[0]
             by_id = {trial.id: trial for trial in self.store.trials(batch=batch)}
-            controller.update([_result(by_id[trial_id]) for trial_id in ids])
+            controller.update([result_of(by_id[trial_id]) for trial_id in ids])
         return controller
 
     def _open_batch(self) -> list[Trial]:
@@ -401,16 +403,18 @@ class Search:
         return target_ms
 
 
-def _repeats(trials: Sequence[Trial]) -> tuple[int, int]:
+def repeats(trials: Sequence[Trial]) -> tuple[int, int]:
     """How many of a batch's trials took an earlier network's result, and how many there are."""
     return sum(trial.reused_from is not None for trial in trials), len(trials)
 
 
-def _is_infrastructure(trial: Trial) -> bool:
+def is_infrastructure(trial: Trial) -> bool:
+    """Whether a failure is the machine's: it is withheld from the controller."""
     return trial.failure is not None and trial.failure.cause == "infrastructure"
 
 
-def _result(trial: Trial) -> Result:
+def result_of(trial: Trial) -> Result:
+    """What the controller gets to see of a finished trial."""
     assert trial.proposal_id is not None  # search trials come from a controller
     assert trial.outcome is not None  # a batch is learned from when all of it is done
     return Result(

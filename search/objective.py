@@ -1,10 +1,16 @@
-"""Objective: accuracy and latency -> reward and its parts (MnasNet paper, equations 2 and 3).
+"""Objective: accuracy and latency -> reward and its parts (MnasNet paper, eq. 2 and 3; TuNAS).
 
     reward(m) = ACC(m) * (LAT(m) / T) ** w,   w = alpha if LAT(m) <= T else beta
 
 `soft` (the paper's default) has alpha = beta = -0.07: doubling the latency must buy about 5 %
 relative accuracy. `hard` has alpha = 0, beta = -1: only accuracy counts below the target; above it
 the reward falls as T / LAT.
+
+    reward(m) = ACC(m) + beta * |LAT(m) / T - 1|
+
+`absolute` (Bender et al., "Can weight sharing outperform random architecture search?", CVPR 2020)
+is greatest at the target itself, where soft rewards drift past it. Its beta is -0.07 by default:
+for networks of perfect accuracy, the slope of `soft` at the target.
 """
 
 from __future__ import annotations
@@ -19,7 +25,11 @@ from search.trial import RewardParts
 from space.records import record
 
 #: name -> (alpha, beta)
-EXPONENTS: dict[str, tuple[float, float]] = {"soft": (-0.07, -0.07), "hard": (0.0, -1.0)}
+EXPONENTS: dict[str, tuple[float, float]] = {
+    "soft": (-0.07, -0.07),
+    "hard": (0.0, -1.0),
+    "absolute": (0.0, -0.07),
+}
 
 #: The metric that the target is about.
 LATENCY = "latency_ms"
@@ -47,16 +57,17 @@ class ObjectiveConfig:
     """The rule that computes a reward; exactly one of `target_ms` and `target` is given.
 
     Attributes:
-        name: `soft` or `hard`.
+        name: `soft`, `hard` or `absolute`.
         target_ms: T in milliseconds.
         target: T as a multiple of a reference network's measured latency.
-        alpha: Exponent where the target is met; None takes the name's.
-        beta: Exponent elsewhere; None takes the name's.
+        alpha: Exponent where the target is met; None takes the name's; `absolute` has none.
+        beta: Exponent elsewhere, or what `absolute` weighs the distance with; None takes the
+            name's.
         reject_above: Networks slower than this multiple of T are rejected before training; None
             trains them all, as the paper does.
     """
 
-    name: Literal["soft", "hard"] = "soft"
+    name: Literal["soft", "hard", "absolute"] = "soft"
     target_ms: float | None = None
     target: TargetConfig | None = None
     alpha: float | None = None
@@ -69,6 +80,8 @@ class ObjectiveConfig:
             raise ValueError(f"target_ms or target must be given, one of them, but got {given}")
         if self.target_ms is not None and self.target_ms <= 0:
             raise ValueError(f"target_ms must be > 0, but got {self.target_ms!r}")
+        if self.name == "absolute" and self.alpha is not None:
+            raise ValueError(f"alpha must be left out for absolute, but got {self.alpha!r}")
         for name in ("alpha", "beta"):
             value = getattr(self, name)
             if value is not None and value > 0:
@@ -91,6 +104,7 @@ class Objective:
         if not 0 < target_ms < float("inf"):
             raise ValueError(f"target_ms must be finite and > 0, but got {target_ms!r}")
         alpha, beta = EXPONENTS[config.name]
+        self.absolute = config.name == "absolute"
         self.alpha = alpha if config.alpha is None else config.alpha
         self.beta = beta if config.beta is None else config.beta
         self.target_ms = target_ms
@@ -114,19 +128,25 @@ class Objective:
         if not 0 <= accuracy <= 1:
             raise ValueError(f"accuracy must be in [0, 1], but got {accuracy!r}")
         ratio = latency / self.target_ms
-        exponent = self.alpha if ratio <= 1 else self.beta
+        exponent, penalty = 0.0, 0.0
+        if self.absolute:
+            penalty = -self.beta * abs(ratio - 1)
+        else:
+            exponent = self.alpha if ratio <= 1 else self.beta
         factor = ratio**exponent
-        parts = RewardParts(accuracy, latency, self.target_ms, ratio, exponent, factor)
-        return accuracy * factor, parts
+        parts = RewardParts(accuracy, latency, self.target_ms, ratio, exponent, factor, penalty)
+        return accuracy * factor - penalty, parts
 
     def score(
         self, accuracy: NDArray[np.float64], metrics: Mapping[str, NDArray[np.float64]]
     ) -> NDArray[np.float64]:
         """Return the rewards of many networks: the same formula on float64 arrays (n,)."""
         ratio = metrics[LATENCY] / self.target_ms
-        rewards: NDArray[np.float64] = accuracy * ratio ** np.where(
-            ratio <= 1, self.alpha, self.beta
-        )
+        rewards: NDArray[np.float64]
+        if self.absolute:
+            rewards = accuracy + self.beta * np.abs(ratio - 1)
+        else:
+            rewards = accuracy * ratio ** np.where(ratio <= 1, self.alpha, self.beta)
         return rewards
 
     def rejects(self, metrics: Mapping[str, float]) -> bool:

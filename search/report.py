@@ -212,7 +212,10 @@ def _best_tiles(best: Trial, facts: Facts) -> list[tuple[str, str, str]]:
         ("latency", f"{_figure(best.latency_ms, '.4g')} ms", spread + facts.latency_is(best))
     )
     parts = best.parts
-    why = f"{parts.accuracy:.4f} × {parts.factor:.4f} for its latency" if parts else ""
+    why = ""
+    if parts is not None:
+        times, less = f"× {parts.factor:.4f}", f"− {parts.penalty:.4f}"
+        why = f"{parts.accuracy:.4f} {less if parts.penalty else times} for its latency"
     tiles.append(("reward", _figure(best.reward, ".4f"), why))
     if cost is not None:
         tiles.append(("parameters", f"{cost.parameters:,}", "trainable numbers"))

@@ -322,6 +322,11 @@ def _parts(trial: Trial) -> str:
     parts = trial.parts
     if parts is None:
         return ""
+    if parts.penalty:
+        return (
+            f"{parts.accuracy:.4f} − {parts.penalty:.4f} for {parts.latency_ms:.4g} in place of"
+            f" {parts.target_ms:.4g} ms"
+        )
     ratio = f"({parts.latency_ms:.4g} / {parts.target_ms:.4g})^{parts.exponent:g}"
     return f"{parts.accuracy:.4f} × {ratio} = {parts.accuracy:.4f} × {parts.factor:.4f}"
 

@@ -223,14 +223,28 @@ class Store:
         return cursor.rowcount == 1
 
     def commit_update(
-        self, batch: int, trial_ids: Sequence[int], diagnostics: dict[str, float]
+        self,
+        batch: int,
+        trial_ids: Sequence[int],
+        diagnostics: dict[str, float],
+        controller_state: bytes | None = None,
     ) -> None:
-        """(c) Record that the controller learned from these results, in this order."""
-        self._db.execute(
-            "INSERT INTO batch_update (batch, trial_ids, diagnostics, created_at)"
-            " VALUES (?, ?, ?, ?)",
-            (batch, json.dumps(list(trial_ids)), json.dumps(diagnostics), time.time()),
-        )
+        """(c) Record that the controller learned from these results, in this order.
+
+        Args:
+            batch: The batch, or the number of the update where there are no batches.
+            trial_ids: Whose results.
+            diagnostics: What the controller says of it.
+            controller_state: Afterwards; None where it follows from the state of (a).
+        """
+        with self._transaction():
+            self._db.execute(
+                "INSERT INTO batch_update (batch, trial_ids, diagnostics, created_at)"
+                " VALUES (?, ?, ?, ?)",
+                (batch, json.dumps(list(trial_ids)), json.dumps(diagnostics), time.time()),
+            )
+            if controller_state is not None:
+                self._db.execute("UPDATE snapshot SET controller_state = ?", (controller_state,))
 
     # ------------------------------------------------------------------ the rest
 
@@ -357,6 +371,28 @@ class Store:
             f"SELECT {', '.join(_COLUMNS)} FROM trial WHERE {' AND '.join(conditions)}"
             f" ORDER BY {order}",
             values,
+        )
+        return [_trial(row) for row in rows]
+
+    def open_trials(self) -> list[Trial]:
+        """Return the search trials without a result, in order of id."""
+        rows = self._db.execute(
+            f"SELECT {', '.join(_COLUMNS)} FROM trial WHERE role = 'search' AND outcome IS NULL"
+            " ORDER BY id"
+        )
+        return [_trial(row) for row in rows]
+
+    def unlearned_trials(self) -> list[Trial]:
+        """Return the search trials whose results no update names, in the order they ended.
+
+        Failures of the machine are left out: no update ever names them.
+        """
+        rows = self._db.execute(
+            f"SELECT {', '.join(_COLUMNS)} FROM trial WHERE role = 'search'"
+            " AND outcome IS NOT NULL"
+            " AND coalesce(json_extract(failure, '$.cause'), '') <> 'infrastructure'"
+            " AND id NOT IN (SELECT value FROM batch_update, json_each(batch_update.trial_ids))"
+            " ORDER BY finished_at, id"
         )
         return [_trial(row) for row in rows]
 

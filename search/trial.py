@@ -39,6 +39,8 @@ class RewardParts:
         ratio: LAT / T.
         exponent: w: alpha where the target is met, beta elsewhere.
         factor: (LAT / T) ** w.
+        penalty: What `absolute` takes off for the distance from the target. The reward is
+            accuracy * factor - penalty.
     """
 
     accuracy: float
@@ -47,6 +49,7 @@ class RewardParts:
     ratio: float
     exponent: float
     factor: float
+    penalty: float = 0.0
 
 
 @record

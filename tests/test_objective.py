@@ -21,6 +21,7 @@ def make_trial(trial_id: int, accuracy: float, latency_ms: float, reward: float 
 
 
 SOFT = Objective(ObjectiveConfig("soft", target_ms=80.0), 80.0)
+ABSOLUTE = Objective(ObjectiveConfig("absolute", target_ms=80.0), 80.0)
 HARD = Objective(ObjectiveConfig("hard", target_ms=80.0), 80.0)
 
 
@@ -34,6 +35,10 @@ HARD = Objective(ObjectiveConfig("hard", target_ms=80.0), 80.0)
         (HARD, 0.75, 40.0, 0.75),
         (HARD, 0.75, 160.0, 0.75 / 2),
         (HARD, 0.0, 160.0, 0.0),
+        (ABSOLUTE, 0.75, 80.0, 0.75),
+        (ABSOLUTE, 0.75, 160.0, 0.75 - 0.07),
+        (ABSOLUTE, 0.75, 40.0, 0.75 - 0.035),
+        (ABSOLUTE, 0.1, 800.0, 0.1 - 0.63),
     ],
 )
 def test_rewards_have_their_closed_form(
@@ -41,7 +46,7 @@ def test_rewards_have_their_closed_form(
 ) -> None:
     value, parts = objective.reward(accuracy, {"latency_ms": latency_ms})
     assert value == pytest.approx(reward, rel=1e-12)
-    assert parts.accuracy * parts.factor == pytest.approx(value, rel=1e-12)
+    assert parts.accuracy * parts.factor - parts.penalty == pytest.approx(value, rel=1e-12)
     assert parts.ratio == latency_ms / 80.0
 
 
@@ -51,7 +56,7 @@ def test_doubling_the_latency_costs_five_percent_of_relative_accuracy() -> None:
     assert slow == pytest.approx(fast, rel=0.001)
 
 
-@pytest.mark.parametrize("objective", [SOFT, HARD])
+@pytest.mark.parametrize("objective", [SOFT, HARD, ABSOLUTE])
 def test_the_vectorised_score_is_the_same_formula(objective: Objective) -> None:
     rng = np.random.default_rng(0)
     accuracy, latency = rng.random(50), rng.uniform(1, 300, 50)
@@ -86,6 +91,7 @@ def test_a_latency_that_is_none_never_becomes_a_reward(latency: float) -> None:
         ({"target_ms": 5, "target": {"reference": "x"}}, "but got both"),
         ({"target": {"reference": "x", "times": 0}}, "target.times must be > 0"),
         ({"target_ms": 5, "alpha": 0.1}, "alpha must be <= 0"),
+        ({"target_ms": 5, "name": "absolute", "alpha": -0.1}, "alpha must be left out"),
         ({"target_ms": 5, "reject_above": 0.5}, "reject_above must be >= 1"),
         ({"target_ms": 5, "name": "sofd"}, "did you mean 'soft'"),
     ],
