@@ -151,14 +151,23 @@ class StopConfig:
         trials: Number of proposals (the paper's 8,000).
         trained: Number of trainings (proposals less those that reused a result).
         hours: Wall time over all sessions of the campaign.
+        training_hours: Time of all trainings, summed over the workers: accelerator-hours.
+        no_improvement: So many proposals since the one with the best reward.
+        failed_in_a_row: So many trials without a single result: something is wrong that more
+            trials will not mend.
     """
 
     trials: int
     trained: int | None = None
     hours: float | None = None
+    training_hours: float | None = None
+    no_improvement: int | None = None
+    failed_in_a_row: int | None = 50
 
     def __post_init__(self) -> None:
-        for name in ("trials", "trained", "hours"):
+        for name in (
+            "trials", "trained", "hours", "training_hours", "no_improvement", "failed_in_a_row",
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} must be > 0, but got {value!r}")

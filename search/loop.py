@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import collections
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -77,6 +78,7 @@ class Search:
         self.objective = Objective(self.config.objective, self._target_ms())
         self._spent_s: float = self.store.meta("spent_s", 0.0)
         self._started = time.monotonic()
+        self._last_failure = self.store.last_failure()
         self._batch: dict[int, Trial] = {}
         self._networks: dict[int, Architecture] = {}
         # What the stop rules look at, counted along: a large campaign's rows are not read again.
@@ -89,6 +91,10 @@ class Search:
             ),
             maxlen=REPEATING_BATCHES,
         )
+        self._training_s = self.store.training_s()
+        self._last_success = self.store.last_success()
+        best = self.store.trials(role="search", best=1)
+        self._best = (best[0].reward or 0.0, best[0].id) if best else (-math.inf, 0)
 
     def run(self) -> str:
         """Search until a stop rule holds; return the sentence that says which.
@@ -298,7 +304,13 @@ class Search:
         self._batch[trial.id] = trial
         self._counts["pending"] -= 1
         self._counts[trial.outcome] += 1
+        self._training_s += (trial.timings or {}).get("train_s", 0.0)
+        if trial.outcome != "failed":
+            self._last_success = max(self._last_success, trial.id)
+        if trial.reward is not None and trial.reward > self._best[0]:
+            self._best = trial.reward, trial.id
         if trial.failure is not None:
+            self._last_failure = trial.failure.reason
             logger.warning("trial %d %s: %s", trial.id, trial.outcome, trial.failure.reason)
             if trial.failure.detail:
                 logger.info("trial %d detail:\n%s", trial.id, trial.failure.detail)
@@ -349,14 +361,35 @@ class Search:
         return self.store.original(trial.architecture_hash, trial.epochs)
 
     def _stop_reason(self) -> str | None:
-        stop, proposed = self.config.stop, self._counts.total()
-        if proposed >= stop.trials:
-            return f"all {proposed} trials are done"
-        trained = self._counts["completed"]
-        if stop.trained is not None and trained >= stop.trained:
-            return f"{trained} networks are trained"
-        if stop.hours is not None and self._spent() >= stop.hours * 3600:
-            return f"{stop.hours:g} hours are over"
+        stop, proposed, trained = self.config.stop, self._counts.total(), self._counts["completed"]
+        last = self._next_id - 1
+        since_best = last - self._best[1]
+        failed = last - self._last_success - self._counts["pending"]
+        # Limit, how far the search has come, what to say when it is reached.
+        rules: tuple[tuple[float | None, float, str], ...] = (
+            (stop.trials, proposed, f"all {proposed} trials are done"),
+            (stop.trained, trained, f"{trained} networks are trained"),
+            (stop.hours, self._spent() / 3600, f"{stop.hours} hours are over"),
+            (
+                stop.training_hours,
+                self._training_s / 3600,
+                f"{stop.training_hours} hours of training are spent",
+            ),
+            (
+                stop.no_improvement,
+                since_best,
+                f"no network of the last {since_best} trials was better than trial"
+                f" {self._best[1]}'s",
+            ),
+            (
+                stop.failed_in_a_row,
+                failed,
+                f"the last {failed} trials all failed: {self._last_failure}",
+            ),
+        )
+        for limit, reached, sentence in rules:
+            if limit is not None and reached >= limit:
+                return sentence
         return self._repeats_itself()
 
     def _repeats_itself(self) -> str | None:

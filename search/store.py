@@ -441,6 +441,30 @@ class Store:
         ).fetchall()
         return _trial(rows[0]) if rows else None
 
+    def training_s(self) -> float:
+        """Return the time of all the search's trainings, in seconds, summed over the workers."""
+        row = self._db.execute(
+            "SELECT coalesce(sum(json_extract(timings, '$.train_s')), 0) FROM trial"
+            " WHERE role = 'search' AND timings IS NOT NULL"
+        ).fetchone()
+        return float(row[0])
+
+    def last_success(self) -> int:
+        """Return the highest id of a search trial that has a result and did not fail, or -1."""
+        row = self._db.execute(
+            "SELECT coalesce(max(id), -1) FROM trial WHERE role = 'search'"
+            " AND outcome IS NOT NULL AND outcome <> 'failed'"
+        ).fetchone()
+        return int(row[0])
+
+    def last_failure(self) -> str:
+        """Return the reason of the search's last failure, or an empty string."""
+        row = self._db.execute(
+            "SELECT json_extract(failure, '$.reason') FROM trial"
+            " WHERE role = 'search' AND outcome = 'failed' ORDER BY id DESC LIMIT 1"
+        ).fetchone()
+        return str(row[0]) if row else ""
+
     def counts(self) -> dict[str, int]:
         """Return outcome -> number of search trials; `pending` for those without a result."""
         rows = self._db.execute(

@@ -110,9 +110,38 @@ def test_a_policy_that_only_repeats_itself_is_stopped_with_a_sentence(tmp_path: 
     assert outcome.trials < 100
 
 
-def test_extending_a_finished_campaign_equals_one_that_was_never_stopped(tmp_path: Path) -> None:
-    whole = run_synthetic(tmp_path / "whole", trials=64)
-    parts = run_synthetic(tmp_path / "parts", trials=24)
+@pytest.mark.parametrize(
+    ("override", "fail_share", "sentence"),
+    [
+        ("stop.trained=10", 0.0, "networks are trained"),
+        ("stop.training_hours=1e-5", 0.0, "1e-05 hours of training are spent"),
+        ("stop.no_improvement=16", 0.0, "was better than trial"),
+        ("stop.failed_in_a_row=16", 1.0, "trials all failed: diverged"),
+    ],
+)
+def test_a_stop_rule_ends_the_search_and_says_which(
+    tmp_path: Path, override: str, fail_share: float, sentence: str
+) -> None:
+    path = write_synthetic(
+        tmp_path, controller="random", trials=400, seconds=0.002, fail_share=fail_share
+    )
+    outcome = start(load_campaign_config(str(path), [override]), tmp_path / "run")
+    assert sentence in outcome.stop_reason
+    assert 10 <= outcome.trials < 400
+    # A higher limit goes on; the stopped search has the same rule when it is looked at again.
+    again = resume(tmp_path / "run")
+    assert (again.stop_reason, again.trials) == (outcome.stop_reason, outcome.trials)
+
+
+@pytest.mark.parametrize(
+    "controller",
+    ["ppo", "reinforce", "evolution, population: 12, sample_size: 4", "local, starts: 8"],
+)
+def test_extending_a_finished_campaign_equals_one_that_was_never_stopped(
+    tmp_path: Path, controller: str
+) -> None:
+    whole = run_synthetic(tmp_path / "whole", trials=64, controller=controller)
+    parts = run_synthetic(tmp_path / "parts", trials=24, controller=controller)
     resume(parts, ["stop.trials=64"])
     assert rows(parts) == rows(whole)
     assert controller_states(parts) == controller_states(whole)
