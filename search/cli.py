@@ -7,6 +7,7 @@ report take `--json`: one object on one line on standard output, keys as field n
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -30,6 +31,9 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+#: `mnas status --watch` looks so often.
+WATCH_INTERVAL_S = 2.0
+
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on one line.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to replace.")
@@ -169,19 +173,72 @@ def _print_lines(console: Any, lines: list[tuple[str, str]]) -> None:
 
 
 @app.command("status")
-def status_command(folder: Folder, as_json: Json = False) -> None:
+def status_command(
+    folder: Folder,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Look again every two seconds while it runs.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
     """Say how a campaign stands, also while it runs."""
     from rich.console import Console
 
-    from search.campaign import open_to_read, read_config
-    from search.tables import campaign_lines, campaign_summary
+    from search.tables import campaign_lines
 
-    with closing(open_to_read(folder)) as store:
-        summary = campaign_summary(folder, store, read_config(folder))
+    if watch and not as_json:
+        _watch(folder)
+        return
+    summary = _summary(folder)
     if as_json:
         print_json(summary)
     else:
         _print_lines(Console(), campaign_lines(summary))
+
+
+def _summary(folder: Path) -> dict[str, Any]:
+    """How a campaign stands. The database is open for a moment only: its log stays short."""
+    from search.campaign import open_to_read, read_config
+    from search.tables import campaign_summary
+
+    with closing(open_to_read(folder)) as store:
+        return campaign_summary(folder, store, read_config(folder))
+
+
+def _watch(folder: Path) -> None:
+    """Show how a running campaign stands until it stops."""
+    from rich.console import Console
+    from rich.live import Live
+    from rich.text import Text
+
+    from search.tables import campaign_lines
+
+    with Live(console=Console(), auto_refresh=False) as live:
+        while True:
+            summary = _summary(folder)
+            lines = [f"{label:<11}{text}" for label, text in campaign_lines(summary)]
+            live.update(Text("\n".join(lines)), refresh=True)
+            if summary["state"] != "running":
+                return
+            time.sleep(WATCH_INTERVAL_S)
+
+
+@app.command("compare")
+def compare_command(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Campaigns' folders.")],
+    as_json: Json = False,
+) -> None:
+    """Show campaigns of one objective side by side."""
+    from rich.console import Console
+
+    from search.compare import compare, compare_table
+
+    rows = compare(folders)
+    if as_json:
+        print_json({"campaigns": rows})
+    else:
+        console = Console()
+        console.print(compare_table(rows))
+        _print_lines(console, [(f"{n}", row["folder"]) for n, row in enumerate(rows, 1)])
 
 
 @app.command("top")
