@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 FAST_LIMIT := 720
 ALL_LIMIT := 3600
 
-.PHONY: demo test test-all check format install install-dev clean
+.PHONY: demo test test-all parity check format install install-dev clean
 
 # The stamps say for which dependencies the environment was made: a second call reuses it.
 $(VENV)/installed: setup.cfg pyproject.toml
@@ -18,6 +18,10 @@ $(VENV)/installed: setup.cfg pyproject.toml
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+$(VENV)/installed-parity: $(VENV)/installed-dev
+	$(BIN)/python -m pip install --quiet --editable '.[parity]'
 	touch $@
 
 install: $(VENV)/installed
@@ -36,10 +40,14 @@ check: $(VENV)/installed-dev
 	$(BIN)/lint-imports --no-cache
 
 test: check
-	timeout $(FAST_LIMIT) $(BIN)/python -m pytest -m "not slow"
+	timeout $(FAST_LIMIT) $(BIN)/python -m pytest -m "not slow and not parity"
 
 test-all: check
 	timeout $(ALL_LIMIT) $(BIN)/python -m pytest
+
+# Converted networks beside timm's, torchvision's and MindCV's own; prints the differences.
+parity: $(VENV)/installed-parity
+	timeout $(FAST_LIMIT) $(BIN)/python -m pytest -m parity -rP tests/test_parity.py
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .

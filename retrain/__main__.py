@@ -1,4 +1,4 @@
-"""`python -m retrain train|validate|export`: one training, its evaluation, its export.
+"""`python -m retrain train|validate|export|convert`: one training, its evaluation, its export.
 
 Bad input ends in one sentence on standard error and exit status 2; a failed training in status 1.
 """
@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from retrain.convert_cli import convert
 from space.errors import ConfigError, MnasError
 from space.records import to_plain
 
@@ -43,6 +44,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+app.command("convert")(convert)
+
 DataDir = Annotated[
     str | None, typer.Option("--data_dir", help="Folder of the images; replaces data.path.")
 ]
@@ -50,6 +53,13 @@ Threads = Annotated[
     int | None, typer.Option("--threads", help="CPU threads; all that may be used by default.")
 ]
 CkptPath = Annotated[Path, typer.Option("--ckpt_path", help="A training's model.safetensors.")]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option("--config", "-c", help="A recipe whose data are taken [the training's]."),
+]
+ExportFormat = Annotated[
+    str, typer.Option("--format", help="onnx, mindir, or python: a module that stands alone.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on one line.")]
 
 
@@ -106,6 +116,7 @@ def train(
 @app.command("validate")
 def validate(
     ckpt_path: CkptPath,
+    config: RecipeOption = None,
     split: Annotated[str, typer.Option("--split", help="validation or test.")] = "validation",
     data_dir: DataDir = None,
     threads: Threads = None,
@@ -116,6 +127,7 @@ def validate(
 
     report = validate_command(
         ckpt_path,
+        config=config,
         split=split,  # type: ignore[arg-type]  # checked there, with a sentence
         data_dir=data_dir,
         threads=threads,
@@ -136,27 +148,36 @@ def validate(
 @app.command("export")
 def export(
     ckpt_path: CkptPath,
-    out: Annotated[Path, typer.Option("--out", help="The ONNX file.")],
+    out: Annotated[Path, typer.Option("--out", help="The file.")],
+    format: ExportFormat = "onnx",
+    config: RecipeOption = None,
     data_dir: DataDir = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Export a checkpoint to ONNX, checked against MindSpore on the held-out images."""
+    """Export a checkpoint to another format, checked against MindSpore on held-out images."""
     from retrain.commands import export_command
 
     report = export_command(
-        ckpt_path, out, data_dir=data_dir, overwrite=overwrite, threads=threads
+        ckpt_path,
+        out,
+        format=format,
+        config=config,
+        data_dir=data_dir,
+        overwrite=overwrite,
+        threads=threads,
     )
     if as_json:
         _print_json(report)
         return
+    opset = f", opset {report.opset}" if report.opset else ""
     _print_lines(
         Console(),
         [
-            ("file", f"{report.path} ({report.size_bytes:,} bytes, opset {report.opset})"),
+            ("file", f"{report.path} ({report.size_bytes:,} bytes{opset})"),
             ("largest difference", f"{report.max_abs_difference:.3g} on {report.images:,} images"),
-            ("accuracy", f"{report.onnx_top1:.4f} (MindSpore: {report.mindspore_top1:.4f})"),
+            ("accuracy", f"{report.exported_top1:.4f} (MindSpore: {report.mindspore_top1:.4f})"),
         ],
     )
 

@@ -1,4 +1,4 @@
-"""Checkpoints: trained weights, and the state that a killed training goes on from, without pickle.
+"""Checkpoints: weights, and the state that a killed training goes on from, without pickle.
 
 Both are safetensors files whose metadata says everything that is needed to use them again. They
 are written under a temporary name, flushed to disk and renamed: a reader sees all or nothing.
@@ -18,7 +18,7 @@ from safetensors.numpy import save
 
 from retrain.config import Recipe
 from retrain.data import Normalisation
-from space.architecture import Architecture, parse_architecture
+from space.architecture import Architecture, NetworkStyle, parse_architecture
 from space.errors import ConfigError
 from space.files import write_atomically
 from space.parameters import parameter_shapes
@@ -26,36 +26,51 @@ from space.records import build, record, to_plain
 
 Weights = dict[str, NDArray[np.float32]]
 
-_WEIGHTS_FORMAT = "mnas weights 1"
+WEIGHTS_FORMAT = "mnas weights 2"
 _STATE_FORMAT = "mnas training state 1"
 
 
 @record
-class Checkpoint:
-    """A trained network, ready to be evaluated, exported or trained on.
+class Training:
+    """How weights were trained.
 
     Attributes:
-        architecture: The network.
-        recipe: How it was trained; its style is the network's.
+        recipe: Everything that decided it.
         seed: Of the training.
         epochs: Trained for so many.
         validation_accuracy: Top-1 on the images held out from the training set, fraction.
-        normalisation: What the pixels are to be normalised with.
-        classes: Names in the order of the logits.
-        versions: Package -> version that wrote it.
-        weights: Name -> float32 array, as space/parameters.py names them: those that were
-            evaluated (averaged ones if the recipe averages).
     """
 
-    architecture: Architecture
     recipe: Recipe
     seed: int
     epochs: int
     validation_accuracy: float
+
+
+@record
+class Checkpoint:
+    """A network with weights, ready to be evaluated, exported or trained on.
+
+    Attributes:
+        architecture: The network.
+        style: Padding and batch norm that the weights are for.
+        normalisation: What the pixels are to be normalised with.
+        classes: Names in the order of the logits; empty where they are not known.
+        versions: Package -> version that wrote it.
+        weights: Name -> float32 array, as space/parameters.py names them: those that were
+            evaluated (averaged ones if the recipe averages).
+        training: How they were trained; None for weights from elsewhere.
+        source: Where weights from elsewhere come from: framework, model, file, SHA-256.
+    """
+
+    architecture: Architecture
+    style: NetworkStyle
     normalisation: Normalisation
     classes: tuple[str, ...]
     versions: dict[str, str]
     weights: dict[str, Any]
+    training: Training | None = None
+    source: str | None = None
 
 
 @record
@@ -88,17 +103,9 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         ConfigError: The weights are not the network's.
     """
     check_weights(checkpoint.architecture, checkpoint.weights, where=str(path))
-    metadata = {
-        "format": _WEIGHTS_FORMAT,
-        "architecture": checkpoint.architecture.text,
-        "recipe": json.dumps(to_plain(checkpoint.recipe)),
-        "seed": json.dumps(checkpoint.seed),
-        "epochs": json.dumps(checkpoint.epochs),
-        "validation_accuracy": json.dumps(checkpoint.validation_accuracy),
-        "normalisation": json.dumps(to_plain(checkpoint.normalisation)),
-        "classes": json.dumps(checkpoint.classes),
-        "versions": json.dumps(checkpoint.versions),
-    }
+    metadata = {"format": WEIGHTS_FORMAT, "architecture": checkpoint.architecture.text}
+    for key in _CHECKPOINT_KEYS:
+        metadata[key] = json.dumps(to_plain(getattr(checkpoint, key)))
     write_atomically(path, save(_contiguous(checkpoint.weights), metadata))
 
 
@@ -109,26 +116,24 @@ def load_checkpoint(path: Path) -> Checkpoint:
         ConfigError: The file is missing, damaged or something else, or its weights are not exactly
             those of its network; all faults are listed.
     """
-    metadata, arrays = _read(path, _WEIGHTS_FORMAT)
+    metadata, arrays = _read(path, WEIGHTS_FORMAT)
     architecture = parse_architecture(metadata["architecture"])
     check_weights(architecture, arrays, where=str(path))
     values = {key: _json(metadata, key, path) for key in _CHECKPOINT_KEYS}
+    training = values["training"]
     return Checkpoint(
         architecture=architecture,
-        recipe=build(Recipe, values["recipe"], where=f"{path}: recipe"),
-        seed=values["seed"],
-        epochs=values["epochs"],
-        validation_accuracy=values["validation_accuracy"],
+        style=build(NetworkStyle, values["style"], where=f"{path}: style"),
         normalisation=build(Normalisation, values["normalisation"], where=str(path)),
         classes=tuple(values["classes"]),
         versions=values["versions"],
         weights=arrays,
+        training=build(Training, training, where=f"{path}: training") if training else None,
+        source=values["source"],
     )
 
 
-_CHECKPOINT_KEYS = (
-    "recipe", "seed", "epochs", "validation_accuracy", "normalisation", "classes", "versions",
-)  # fmt: skip
+_CHECKPOINT_KEYS = ("style", "normalisation", "classes", "versions", "training", "source")
 _STATE_KEYS = ("recipe", "seed", "epoch", "losses", "accuracies")
 
 
@@ -180,17 +185,21 @@ def check_weights(
         "not float32": [name for name in common if weights[name].dtype != np.float32],
         "not finite": [name for name in common if not np.isfinite(weights[name]).all()],
     }
-    sentences = [
-        f"{kind}: {', '.join(found[:5])}" + (f" and {len(found) - 5} more" * (len(found) > 5))
+    listed = list_faults(faults, limit=5)
+    if listed:
+        raise ConfigError(
+            f"{where}: the weights do not fit the network {architecture.hash}; {listed}."
+        )
+
+
+def list_faults(faults: Mapping[str, list[str]], *, limit: int) -> str:
+    """Return `kind: a, b and 3 more; ...`: the first `limit` of each kind; empty for no faults."""
+    return "; ".join(
+        f"{kind}: {', '.join(found[:limit])}"
+        + (f" and {len(found) - limit} more" if len(found) > limit else "")
         for kind, found in faults.items()
         if found
-    ]
-    if sentences:
-        raise ConfigError(
-            f"{where}: the weights do not fit the network {architecture.hash}; "
-            + "; ".join(sentences)
-            + "."
-        )
+    )
 
 
 def _contiguous(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
@@ -208,12 +217,14 @@ def _read(path: Path, expected: str) -> tuple[dict[str, str], dict[str, NDArray[
             arrays = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
-            f"{path}: must be a safetensors file, but is something else or damaged: {error}."
+            f"{path}: must be a safetensors file, but is something else or damaged: {error};"
+            " `mnas convert` reads weights of other frameworks."
         ) from None
     if metadata.get("format") != expected or "architecture" not in metadata:
         raise ConfigError(
             f"{path}: must be in the format {expected!r}, but is in"
-            f" {metadata.get('format', 'an unnamed one')!r}."
+            f" {metadata.get('format', 'an unnamed one')!r}; `mnas convert` reads weights of other"
+            " frameworks."
         )
     return metadata, arrays
 

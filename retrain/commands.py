@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from retrain.checkpoint import (
     Checkpoint,
     SavedState,
+    Training,
     load_checkpoint,
     load_state,
     save_checkpoint,
@@ -33,7 +34,7 @@ from space.architecture import Architecture
 from space.errors import ConfigError
 from space.files import versions, write_atomically
 from space.mnasnet import adapt, find_architecture
-from space.records import build, dump_yaml, parse_yaml, read_text, record, to_plain
+from space.records import build, did_you_mean, dump_yaml, parse_yaml, read_text, record, to_plain
 
 if TYPE_CHECKING:
     from retrain.export import ExportReport
@@ -43,6 +44,9 @@ logger = logging.getLogger(__name__)
 
 RECIPE, ARCHITECTURE, LOG = "recipe.yaml", "architecture.txt", "train.log"
 STATE, WEIGHTS, RESULT = "state.safetensors", "model.safetensors", "result.json"
+
+#: Export format -> ending of its files.
+EXPORT_SUFFIXES = {"onnx": ".onnx", "mindir": ".mindir", "python": ".py"}
 
 _GRAY = ("digits", "fashion_mnist")
 
@@ -336,14 +340,12 @@ def _train_into(
     made_by = versions()
     checkpoint = Checkpoint(
         architecture=architecture,
-        recipe=recipe,
-        seed=seed,
-        epochs=recipe.epochs,
-        validation_accuracy=result.accuracy,
+        style=recipe.style,
         normalisation=result.data.normalisation,
         classes=tuple(result.data.classes),
         versions=made_by,
         weights=dict(result.weights),
+        training=Training(recipe, seed, recipe.epochs, result.accuracy),
     )
     save_checkpoint(out / WEIGHTS, checkpoint)
     report = TrainReport(
@@ -398,14 +400,17 @@ def _log_file(path: Path) -> Iterator[None]:
 def validate_command(
     ckpt_path: Path,
     *,
+    config: str | None = None,
     split: Literal["validation", "test"] = "validation",
     data_dir: str | None = None,
     threads: int | None = None,
 ) -> ValidationReport:
-    """Evaluate a checkpoint on a part of the data set that it was trained on.
+    """Evaluate a checkpoint on a part of a data set, by default the one it was trained on.
 
     Args:
-        ckpt_path: The checkpoint, model.safetensors of a training's folder.
+        ckpt_path: The checkpoint, model.safetensors of a training's folder or a converted one.
+        config: A recipe by shipped name or path, whose data are taken; the network's style is
+            the checkpoint's, whatever the recipe says.
         split: `test` stands apart from all choices: use it once, at the end.
         data_dir: Where the images are, if not where they were.
         threads: CPU threads; by default all that this process may use.
@@ -417,15 +422,12 @@ def validate_command(
         raise ConfigError(f"--split: must be validation or test, but got {split!r}.")
     threads = checked_threads(threads)
     checkpoint = load_checkpoint(ckpt_path)
-    data = _data_of(checkpoint, data_dir)
+    recipe = _recipe_of(checkpoint, ckpt_path, config, data_dir)
+    data = _data_of(checkpoint, recipe)
     from retrain.evaluate import evaluate
 
-    found = evaluate(
-        _network_of(checkpoint, threads),
-        data,
-        data.split(split),
-        checkpoint.recipe.eval_batch_size,
-    )
+    network = _network_of(checkpoint, threads)
+    found = evaluate(network, data, data.split(split), recipe.eval_batch_size)
     return ValidationReport(
         ckpt_path=str(ckpt_path),
         split=split,
@@ -433,7 +435,7 @@ def validate_command(
         top5=found.top5,
         loss=found.loss,
         images=found.images,
-        per_class_top1=dict(zip(checkpoint.classes, found.per_class_top1, strict=True)),
+        per_class_top1=dict(zip(data.classes, found.per_class_top1, strict=True)),
     )
 
 
@@ -441,47 +443,106 @@ def export_command(
     ckpt_path: Path,
     out: Path,
     *,
+    format: str = "onnx",
+    config: str | None = None,
     data_dir: str | None = None,
     overwrite: bool = False,
     threads: int | None = None,
 ) -> ExportReport:
-    """Export a checkpoint to ONNX, checked against the MindSpore network on the validation images.
+    """Export a checkpoint, checked against the MindSpore network on the validation images.
 
     Args:
-        ckpt_path: The checkpoint, model.safetensors of a training's folder.
-        out: The ONNX file.
+        ckpt_path: The checkpoint, model.safetensors of a training's folder or a converted one.
+        out: The file, with the ending of the format.
+        format: `onnx`, `mindir` (with a description beside it, `out` with .json added) or
+            `python`, a module that stands alone.
+        config: A recipe by shipped name or path, whose data are taken.
         data_dir: Where the images are, if not where they were.
         overwrite: Replace `out` if it is there.
         threads: CPU threads; by default all that this process may use.
 
     Raises:
         ConfigError: The checkpoint or the data do not work, or `out` is there already.
-        MnasError: The exported graph is not the network; nothing is written.
+        MnasError: The export is not the network; nothing is written.
     """
     threads = checked_threads(threads)
-    if out.is_dir():
-        raise ConfigError(f"{out}: must be a file, but it is a folder.")
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out}: is there already; choose another name, or give --overwrite.")
+    suffix = export_suffix(format)
+    if out.suffix != suffix:
+        raise ConfigError(f"{out}: must end in {suffix} for the format {format}.")
+    for path in (out, out.with_name(out.name + ".json")) if format == "mindir" else (out,):
+        if path.is_dir():
+            raise ConfigError(f"{path}: must be a file, but it is a folder.")
+        if path.exists() and not overwrite:
+            raise ConfigError(
+                f"{path}: is there already; choose another name, or give --overwrite."
+            )
     checkpoint = load_checkpoint(ckpt_path)
-    data = _data_of(checkpoint, data_dir)
-    from retrain.export import export_onnx
+    recipe = _recipe_of(checkpoint, ckpt_path, config, data_dir)
+    data = _data_of(checkpoint, recipe)
+    from retrain.export import export_checkpoint
 
-    network = _network_of(checkpoint, threads)
-    return export_onnx(checkpoint, out, network=network, data=data, threads=threads)
+    return export_checkpoint(
+        checkpoint,
+        out,
+        format=format,
+        network=_network_of(checkpoint, threads),
+        data=data,
+        batch_size=recipe.eval_batch_size,
+        threads=threads,
+    )
 
 
-def _data_of(checkpoint: Checkpoint, data_dir: str | None) -> DataSet:
-    """The checkpoint's data set, normalised as in its training."""
-    config = checkpoint.recipe.data
-    if data_dir is not None:
-        try:
-            config = dataclasses.replace(config, path=data_dir)
-        except ValueError as error:
-            raise ConfigError(f"--data_dir: {error}.") from None
+def export_suffix(format: str) -> str:
+    """Return the ending of an export format's files.
+
+    Raises:
+        ConfigError: There is no such format; names the nearest.
+    """
+    if format not in EXPORT_SUFFIXES:
+        hint = did_you_mean(format, list(EXPORT_SUFFIXES))
+        known = hint or f"; must be one of {', '.join(EXPORT_SUFFIXES)}."
+        raise ConfigError(f"--format: unknown format {format!r}{known}")
+    return EXPORT_SUFFIXES[format]
+
+
+def _recipe_of(
+    checkpoint: Checkpoint, ckpt_path: Path, config: str | None, data_dir: str | None
+) -> Recipe:
+    """The recipe asked for, or that of the checkpoint's training in the folder asked for.
+
+    Raises:
+        ConfigError: Neither is there, or its data cannot lie in a folder.
+    """
+    if config is not None:
+        return load_recipe(config, data_dir=data_dir)
+    if checkpoint.training is None:
+        raise ConfigError(
+            f"{ckpt_path}: holds weights from elsewhere, without a training whose data could be"
+            " taken; say which data with --config RECIPE."
+        )
+    recipe = checkpoint.training.recipe
+    if data_dir is None:
+        return recipe
+    try:
+        return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=data_dir))
+    except ValueError as error:
+        raise ConfigError(f"--data_dir: {error}.") from None
+
+
+def _data_of(checkpoint: Checkpoint, recipe: Recipe) -> DataSet:
+    """A recipe's data set, normalised as the checkpoint says.
+
+    Raises:
+        ConfigError: Its classes are not those of the checkpoint.
+    """
     network = checkpoint.architecture
-    data = copy.copy(load_data(config, network.resolution, network.input_channels))
-    if tuple(data.classes) != checkpoint.classes:
+    data = copy.copy(load_data(recipe.data, network.resolution, network.input_channels))
+    if len(data.classes) != network.classes:
+        raise ConfigError(
+            f"data: the data set must have as many classes as the network, {network.classes}, but"
+            f" has {len(data.classes)}."
+        )
+    if checkpoint.classes and tuple(data.classes) != checkpoint.classes:
         differing = sorted(set(data.classes) ^ set(checkpoint.classes))[:5]
         raise ConfigError(
             f"data.path: the data set's classes must be those of the checkpoint, but they differ"
@@ -497,7 +558,7 @@ def _network_of(checkpoint: Checkpoint, threads: int) -> Any:
     from space.network import build_network
 
     prepare_process(threads)
-    network = build_network(checkpoint.architecture, checkpoint.recipe.style, seed=0)
+    network = build_network(checkpoint.architecture, checkpoint.style, seed=0)
     set_weights(network, checkpoint.weights)
     network.set_train(False)
     return network

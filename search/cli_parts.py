@@ -10,6 +10,8 @@ from typing import Annotated, Any
 
 import typer
 
+from latency import cli as latency_cli
+from retrain.convert_cli import convert
 from space.errors import ConfigError
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on one line.")]
@@ -25,13 +27,11 @@ def register(app: typer.Typer) -> None:
     space.command("sample")(space_sample)
     space.command("check")(space_check)
     app.add_typer(space, name="space", rich_help_panel=None)
-    latency = typer.Typer(help="Measure latency on devices.", no_args_is_help=True)
-    latency.command("measure")(latency_measure)
-    latency.command("devices")(latency_devices)
-    app.add_typer(latency, name="latency", rich_help_panel=None)
+    app.add_typer(latency_cli.make_app(find_network), name="latency", rich_help_panel=None)
     app.command("retrain")(retrain)
     app.command("validate")(validate)
     app.command("export")(export)
+    app.command("convert")(convert)
     app.command("check-plugin")(check_plugin)
 
 
@@ -220,66 +220,6 @@ def space_check(
         raise typer.Exit(1)
 
 
-# ---------------------------------------------------------------------------- latency
-
-
-def latency_measure(
-    arch: Arch,
-    device: Annotated[str, typer.Option(help="A file or a shipped name.")] = "host",
-    width: Annotated[float, typer.Option(help="Multiplier of stem and blocks.")] = 1.0,
-    resolution: Annotated[int | None, typer.Option(help="Input pixels.")] = None,
-    as_json: Json = False,
-) -> None:
-    """Measure a network's latency on a device."""
-    from latency.device import load_device, make_meter
-    from latency.measurement import summary
-    from space.errors import MeasurementError
-    from space.mnasnet import adapt
-
-    network = adapt(find_network(arch), width=width, resolution=resolution)
-    try:
-        measurement = make_meter(load_device(device)).measure(network)
-    except MeasurementError as error:
-        raise MeasurementError(f"{device}: measuring failed: {error}") from error
-    figures = {"architecture": network.text, **summary(measurement)}
-    if as_json:
-        print_json(figures)
-        return
-    from rich.console import Console
-
-    low, high = measurement.median_interval_ms
-    _print_lines(
-        Console(),
-        [
-            ("median", f"{measurement.median_ms:.4g} ms"),
-            ("95 % interval", f"{low:.4g} to {high:.4g} ms"),
-            ("IQR", f"{measurement.iqr_ms:.3g} ms ({measurement.spread:.1%} of the median)"),
-            ("p90", f"{measurement.percentile_ms(90):.4g} ms"),
-            (
-                "samples",
-                f"{len(measurement.samples_ms)} of {measurement.inner_iterations} inferences,"
-                f" after {measurement.warmup_runs} to warm up",
-            ),
-            ("verdict", measurement.verdict),
-            ("device", f"{measurement.device.get('name')}: {measurement.device_fingerprint}"),
-        ],
-    )
-
-
-def latency_devices(as_json: Json = False) -> None:
-    """List the shipped devices."""
-    from latency.device import load_device
-    from space.records import shipped_names, to_plain
-
-    devices = {name: to_plain(load_device(name)) for name in shipped_names("device")}
-    if as_json:
-        print_json(devices)
-        return
-    for name, device in devices.items():
-        settings = ", ".join(f"{k} {v}" for k, v in device.items() if k != "name")
-        print(f"{name:<16}{settings}")
-
-
 # ---------------------------------------------------------------------------- plug-ins
 
 
@@ -316,6 +256,10 @@ DataDir = Annotated[
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads [all].")]
 CkptPath = Annotated[
     Path, typer.Option("--ckpt_path", "--ckpt-path", help="A training's model.safetensors.")
+]
+RecipeOption = Annotated[
+    str | None,
+    typer.Option("--config", "-c", help="A recipe whose data are taken [the training's]."),
 ]
 
 
@@ -388,6 +332,7 @@ def _hand_over(folder: Path, top: int | None, *, as_json: bool) -> None:
 
 def validate(
     ckpt_path: CkptPath,
+    config: RecipeOption = None,
     split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
     data_dir: DataDir = None,
     threads: Threads = None,
@@ -397,7 +342,7 @@ def validate(
     from retrain import __main__ as room
 
     _quiet_mindspore()
-    room.validate(ckpt_path, split, data_dir, threads, as_json)
+    room.validate(ckpt_path, config, split, data_dir, threads, as_json)
 
 
 def export(
@@ -411,26 +356,31 @@ def export(
         Path | None,
         typer.Option("--ckpt_path", "--ckpt-path", help="Weights, in place of DIR."),
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The ONNX file.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The file.")] = None,
+    format: Annotated[
+        str, typer.Option("--format", help="onnx, mindir, or python: a module that stands alone.")
+    ] = "onnx",
+    config: RecipeOption = None,
     data_dir: DataDir = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     threads: Threads = None,
     as_json: Json = False,
 ) -> None:
-    """Write a trained network as ONNX, checked numerically against MindSpore."""
+    """Write a trained network as ONNX, MindIR or Python, checked numerically against MindSpore."""
     from retrain import __main__ as room
+    from retrain.commands import export_suffix
 
+    suffix = export_suffix(format)
     if folder is None and ckpt_path is not None:
-        weights, target = ckpt_path, out or ckpt_path.with_name("model.onnx")
+        weights, target = ckpt_path, out or ckpt_path.with_name(f"model{suffix}")
     elif folder is not None and ckpt_path is None:
         number = _winner(folder) if trial is None else trial
         weights = _trained_weights(folder, number)
-        target = out or folder / "export" / f"trial_{number}.onnx"
+        target = out or folder / "export" / f"trial_{number}{suffix}"
     else:
         raise ConfigError("export: needs a campaign's DIR or --ckpt_path, one of them.")
     _quiet_mindspore()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    room.export(weights, target, data_dir, overwrite, threads, as_json)
+    room.export(weights, target, format, config, data_dir, overwrite, threads, as_json)
 
 
 def _winner(folder: Path) -> int:

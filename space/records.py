@@ -487,7 +487,8 @@ def _matching(candidates: list[Any], values: object) -> list[Any]:
 
 
 def _records_in(hint: Any) -> list[Any]:
-    if dataclasses.is_dataclass(hint):
+    # An Annotated's metadata may be dataclasses' instances: pydantic's Discriminator is one.
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return [hint]
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType, typing.Annotated, tuple, list, dict):

@@ -15,9 +15,10 @@ ROOMS = ("space", "controller", "latency", "retrain", "search")
 DOORS = {
     "mindspore": {"space/network.py", "space/depthwise.py", "retrain/"},
     "onnx": {"space/onnx_graph.py"},
-    "onnxruntime": {"latency/onnxruntime_device.py", "retrain/export.py"},
+    "onnxruntime": {"latency/onnxruntime_device.py", "latency/runner.py", "retrain/export.py"},
     "numba": {"space/depthwise.py"},
     "ray": {"search/executor.py"},
+    "torch": {"retrain/weight_files.py"},
     "yaml": {"space/records.py"},
 }
 

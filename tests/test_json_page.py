@@ -10,6 +10,7 @@ import pytest
 
 from latency.measurement import Measurement, summary
 from retrain.commands import TrainReport, ValidationReport
+from retrain.convert import ConvertReport
 from retrain.export import ExportReport
 from search.tables import trial_summary
 from search.trial import Trial
@@ -42,6 +43,7 @@ def test_a_measurements_keys_are_documented() -> None:
         (TrainReport, "**`mnas retrain --config"),
         (ValidationReport, "**`mnas validate`**"),
         (ExportReport, "**`mnas export`**"),
+        (ConvertReport, "**`mnas convert SOURCE OUT`**"),
     ],
 )
 def test_a_reports_keys_are_documented(record: type, heading: str) -> None:

@@ -8,68 +8,19 @@ import sys
 import mindspore as ms
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
+from networks import EVERYTHING, IDENTITIES, SYMMETRIC
+from onnx_parity import mindspore_logits, onnx_logits, random_weights
 
-from space.architecture import PAPER_STYLE, Architecture, NetworkStyle, parse_architecture
+from space.architecture import PAPER_STYLE, NetworkStyle, parse_architecture
 from space.errors import ConfigError
-from space.mnasnet import adapt, published
+from space.mnasnet import published
 from space.network import build_network, network_weights
 from space.onnx_graph import OPSET, onnx_model
 from space.parameters import initial_parameters, parameter_shapes
 from space.search_space import load_space
 
 ms.set_context(mode=ms.GRAPH_MODE)
-
-SYMMETRIC = NetworkStyle("symmetric", 1e-5, 0.9)
-
-#: Together they hold every operation, kernel, skip, squeeze-and-excitation, widths that grow and
-#: shrink under pooling, odd sizes, gray images, both stems.
-EVERYTHING = (
-    "stem8_s11 | r2_k3_s11_e1_i8_o16_se0.25_pool | r2_k5_s22_e1_i16_o12_pool_conv"
-    " | r2_k3_s22_e3_i12_o24_se0.25_pool | r1_k5_s22_e6_i24_o16_pool | head32 | r19 | c5 | in1"
-)
-IDENTITIES = (
-    "stem8 | r2_k3_s11_e1_i8_o8_conv | r2_k7_s22_e2_i8_o12_se0.5 | r1_k3_s11_e1_i12_o12_se1_conv"
-    " | r2_k5_s11_e4_i12_o12_noskip | head24 | r30 | c7"
-)
-
-
-def random_weights(architecture: Architecture, seed: int) -> dict[str, np.ndarray]:
-    """Initial weights, with batch norms as if trained: all statistics differ from 0 and 1."""
-    rng = np.random.default_rng(seed)
-    weights = dict(initial_parameters(architecture, seed))
-    for name, value in weights.items():
-        if ".norm." in name or name.endswith("bias"):
-            positive = name.endswith(("gamma", "moving_variance"))
-            drawn = (
-                rng.uniform(0.5, 1.5, value.shape) if positive else rng.normal(0, 0.3, value.shape)
-            )
-            weights[name] = drawn.astype(np.float32)
-    # Logits of the size that a trained network has.
-    size = architecture.resolution
-    x = rng.normal(size=(4, architecture.input_channels, size, size)).astype(np.float32)
-    largest = float(np.abs(onnx_logits(onnx_model(architecture, weights=weights), x)).max())
-    for name in ("classifier.weight", "classifier.bias"):
-        weights[name] = (weights[name] * (5.0 / largest)).astype(np.float32)
-    return weights
-
-
-def mindspore_logits(
-    architecture: Architecture, style: NetworkStyle, weights: dict[str, np.ndarray], x: np.ndarray
-) -> np.ndarray:
-    network = build_network(architecture, style, seed=9, depthwise="native")
-    for parameter in network.get_parameters():
-        parameter.set_data(ms.Tensor(weights[parameter.name]))
-    network.set_train(False)
-    logits: np.ndarray = network(ms.Tensor(x)).asnumpy()
-    return logits
-
-
-def onnx_logits(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    logits: np.ndarray = session.run(None, {"input": x})[0]
-    return logits
 
 
 @pytest.mark.parametrize("style", [PAPER_STYLE, SYMMETRIC], ids=["same", "symmetric"])
@@ -84,31 +35,6 @@ def test_the_onnx_graph_equals_the_mindspore_network(text: str, style: NetworkSt
     theirs = onnx_logits(onnx_model(architecture, style, weights=weights), x)
     assert np.abs(ours).max() > 0.1
     assert np.abs(ours - theirs).max() <= 1e-4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["mnasnet-a1", "mnasnet-b1", "mnasnet-small"])
-def test_the_published_networks_are_the_same_in_both(name: str) -> None:
-    architecture = adapt(published(name), resolution=96)
-    weights = random_weights(architecture, 1)
-    x = np.random.default_rng(0).normal(size=(2, 3, 96, 96)).astype(np.float32)
-    ours = mindspore_logits(architecture, PAPER_STYLE, weights, x)
-    theirs = onnx_logits(onnx_model(architecture, weights=weights), x)
-    assert np.abs(ours - theirs).max() <= 1e-4
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("space_name", ["small_image", "accel_nasbench"])
-def test_random_members_are_the_same_in_both(space_name: str) -> None:
-    space = load_space(space_name, resolution=32)
-    rng = np.random.default_rng(11)
-    for seed in range(5):
-        architecture = space.decode(space.sample(rng))
-        weights = random_weights(architecture, seed)
-        x = rng.normal(size=(2, 3, 32, 32)).astype(np.float32)
-        ours = mindspore_logits(architecture, PAPER_STYLE, weights, x)
-        theirs = onnx_logits(onnx_model(architecture, weights=weights), x)
-        assert np.abs(ours - theirs).max() <= 1e-4, architecture.text
 
 
 @pytest.mark.parametrize("text", [EVERYTHING, IDENTITIES, published("mnasnet-a1").text])

@@ -71,6 +71,18 @@ def test_the_python_lines_of_the_readme_run(tmp_path: Path) -> None:
     assert "8 trials" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_commands_and_the_python_lines_of_the_export_page_run(tmp_path: Path) -> None:
+    run_lines(commands("docs/export.md"), tmp_path)
+    (block,) = code_blocks("docs/export.md", "python")
+    done = subprocess.run(
+        [sys.executable, "-c", block],
+        cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.stdout == "(3, 10)\n", done.stderr[-3000:]
+
+
 def test_the_examples_of_own_parts_run_and_keep_the_contract(tmp_path: Path) -> None:
     lines = [
         line.replace("/tmp/own_parts", str(tmp_path / "run"))

@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from retrain.checkpoint import (
     Checkpoint,
     SavedState,
+    Training,
     load_checkpoint,
     load_state,
     save_checkpoint,
@@ -32,14 +33,12 @@ NETWORK = parse_architecture(
 def checkpoint() -> Checkpoint:
     return Checkpoint(
         architecture=NETWORK,
-        recipe=Recipe(DataConfig("digits"), 3, style=NetworkStyle("symmetric", 1e-5, 0.9)),
-        seed=5,
-        epochs=3,
-        validation_accuracy=0.875,
+        style=NetworkStyle("symmetric", 1e-5, 0.9),
         normalisation=Normalisation((0.25,), (0.5,)),
         classes=tuple("0123456789"),
         versions=versions(),
         weights=initial_parameters(NETWORK, 1),
+        training=Training(Recipe(DataConfig("digits"), 3), 5, 3, 0.875),
     )
 
 
@@ -51,6 +50,13 @@ def test_a_checkpoint_is_read_back_as_it_was(tmp_path: Path) -> None:
     for name, value in written.weights.items():
         assert np.array_equal(read.weights[name], value)
         assert read.weights[name].dtype == np.float32
+    assert dataclasses.replace(read, weights={}) == dataclasses.replace(written, weights={})
+
+
+def test_weights_from_elsewhere_say_so_and_need_no_training(tmp_path: Path) -> None:
+    written = dataclasses.replace(checkpoint(), training=None, classes=(), source="timm: a.pth")
+    save_checkpoint(tmp_path / "m", written)
+    read = load_checkpoint(tmp_path / "m")
     assert dataclasses.replace(read, weights={}) == dataclasses.replace(written, weights={})
 
 
@@ -131,7 +137,7 @@ def test_a_missing_checkpoint_and_a_folder_are_refused(tmp_path: Path) -> None:
 def test_a_training_state_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
     recipe = Recipe(DataConfig("digits"), 3)
     save_state(tmp_path / "s", SavedState(NETWORK.text, recipe, 5, 0, (), (), {}))
-    with pytest.raises(ConfigError, match="must be in the format 'mnas weights 1'"):
+    with pytest.raises(ConfigError, match="must be in the format 'mnas weights 2'"):
         load_checkpoint(tmp_path / "s")
 
 

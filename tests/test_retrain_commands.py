@@ -64,8 +64,11 @@ def test_a_trainings_folder_holds_what_was_asked_and_what_came_out(
     result = json.loads((folder / "result.json").read_text())
     assert result.keys() == {field.name for field in dataclasses.fields(TrainReport)}
     checkpoint = load_checkpoint(folder / "model.safetensors")
-    assert checkpoint.validation_accuracy == result["validation_accuracy"]
-    assert (checkpoint.architecture, checkpoint.seed, checkpoint.epochs) == (TINY, 2, 3)
+    training = checkpoint.training
+    assert training is not None
+    assert training.validation_accuracy == result["validation_accuracy"]
+    assert (checkpoint.architecture, training.seed, training.epochs) == (TINY, 2, 3)
+    assert checkpoint.style == training.recipe.style
 
 
 def test_a_finished_training_is_not_overwritten(folder: Path, recipe: str) -> None:
@@ -151,11 +154,33 @@ def test_a_data_set_of_other_classes_is_refused(folder: Path, tmp_path: Path) ->
         validate_command(tmp_path / "m")
 
 
+def test_weights_without_a_training_need_a_recipe_for_the_data(
+    folder: Path, tmp_path: Path, recipe: str
+) -> None:
+    checkpoint = load_checkpoint(folder / "model.safetensors")
+    path = tmp_path / "m"
+    save_checkpoint(path, dataclasses.replace(checkpoint, training=None, classes=()))
+    with pytest.raises(ConfigError, match=r"holds weights from elsewhere.*--config RECIPE"):
+        validate_command(path)
+    with pytest.raises(ConfigError, match=r"holds weights from elsewhere.*--config RECIPE"):
+        export_command(path, tmp_path / "model.onnx")
+    result = json.loads((folder / "result.json").read_text())
+    # The recipe's style is another one: the checkpoint's counts.
+    other = tmp_path / "other.yaml"
+    style = "style: {batch_norm_epsilon: 0.5, padding: symmetric}"
+    other.write_text(TINY_RECIPE.replace("style: {batch_norm_momentum: 0.8}", style))
+    report = validate_command(path, config=str(other), threads=1)
+    assert report.top1 == result["validation_accuracy"]
+    assert report.per_class_top1.keys() == set("0123456789")
+    exported = export_command(path, tmp_path / "model.onnx", config=recipe, threads=1)
+    assert exported.mindspore_top1 == result["validation_accuracy"]
+
+
 def test_an_exported_graph_is_the_trained_network(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "model.onnx"
     report = export_command(folder / "model.safetensors", out, threads=1)
     assert report.max_abs_difference <= 1e-4
-    assert report.onnx_top1 == report.mindspore_top1
+    assert report.exported_top1 == report.mindspore_top1
     assert report.size_bytes == out.stat().st_size
     result = json.loads((folder / "result.json").read_text())
     assert report.mindspore_top1 == result["validation_accuracy"]
