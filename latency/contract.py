@@ -7,7 +7,8 @@ import math
 from typing import Any
 
 from latency.device import LatencyMeter
-from latency.measurement import NOISY_SPREAD, Measurement
+from latency.measurement import Measurement
+from latency.timing import NOISY_SPREAD
 from space.architecture import (
     PAPER_STYLE,
     Architecture,

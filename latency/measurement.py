@@ -7,14 +7,11 @@ import json
 from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
+from latency.timing import NOISY_SPREAD, interquartile_range, median_interval
 from space.records import record, to_plain
 
 Verdict = Literal["ok", "noisy"]
-
-#: IQR / median above which a measurement is noisy: repeated, then flagged.
-NOISY_SPREAD = 0.10
 
 
 @record
@@ -56,8 +53,7 @@ class Measurement:
     @property
     def iqr_ms(self) -> float:
         """Third minus first quartile."""
-        low, high = np.percentile(self.samples_ms, [25, 75])
-        return float(high - low)
+        return interquartile_range(self.samples_ms)
 
     @property
     def spread(self) -> float:
@@ -88,21 +84,6 @@ def fingerprint(device: dict[str, Any]) -> str:
     """Return 16 hexadecimal digits that identify a device's configuration and runtime."""
     text = json.dumps(to_plain(device), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def median_interval(samples: NDArray[np.float64], z: float = 1.96) -> tuple[float, float]:
-    """Return the 95 % confidence interval of a median by order statistics.
-
-    Args:
-        samples: float64, (n,), any order.
-        z: Normal quantile of the two-sided level.
-    """
-    ordered = np.sort(samples)
-    n = len(ordered)
-    half = z * np.sqrt(n) / 2
-    low = int(np.clip(np.floor(n / 2 - half), 0, n - 1))
-    high = int(np.clip(np.ceil(n / 2 + half), 0, n - 1))
-    return float(ordered[low]), float(ordered[high])
 
 
 def summary(measurement: Measurement) -> dict[str, Any]:

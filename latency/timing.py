@@ -10,6 +10,9 @@ The protocol, in this order; the clock is injected, so that tests need no real t
 TFLite's benchmark_model runs once to warm up, then at least 50 times and 1 s; `full` is that
 with a warm-up that proves itself and a width that is demanded. `quick` is for searches, where many
 networks are timed and their order counts.
+
+This file is also sent to devices elsewhere (latency/remote.py): of ours it may import only what is
+sent along, it must run on Python 3.8, and beyond the standard library it needs numpy alone.
 """
 
 from __future__ import annotations
@@ -17,13 +20,15 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from typing import Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from latency.measurement import median_interval
 from space.errors import MeasurementError
-from space.records import record
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 Effort = Literal["quick", "full"]
 Ending = Literal["narrow", "repeats", "budget"]
@@ -31,8 +36,11 @@ Ending = Literal["narrow", "repeats", "budget"]
 #: Samples that even an exhausted budget leaves room for: fewer have no quartiles.
 FEWEST_SAMPLES = 5
 
+#: IQR / median above which a measurement is noisy: repeated, then flagged.
+NOISY_SPREAD = 0.10
 
-@record
+
+@dataclass(frozen=True)
 class TimingProtocol:
     """How a callable is timed.
 
@@ -105,7 +113,7 @@ FULL = TimingProtocol()
 PROTOCOLS: dict[Effort, TimingProtocol] = {"quick": QUICK, "full": FULL}
 
 
-@record
+@dataclass(frozen=True)
 class Timing:
     """What timing a callable gave.
 
@@ -217,3 +225,24 @@ def _ending(
     if elapsed_s >= protocol.time_budget_s and count >= FEWEST_SAMPLES:
         return "budget"
     return None
+
+
+def median_interval(samples: NDArray[np.float64], z: float = 1.96) -> tuple[float, float]:
+    """Return the 95 % confidence interval of a median by order statistics.
+
+    Args:
+        samples: float64, (n,), any order.
+        z: Normal quantile of the two-sided level.
+    """
+    ordered = np.sort(samples)
+    n = len(ordered)
+    half = z * np.sqrt(n) / 2
+    low = int(np.clip(np.floor(n / 2 - half), 0, n - 1))
+    high = int(np.clip(np.ceil(n / 2 + half), 0, n - 1))
+    return float(ordered[low]), float(ordered[high])
+
+
+def interquartile_range(samples_ms: tuple[float, ...]) -> float:
+    """Return the third minus the first quartile, in the samples' unit."""
+    low, high = np.percentile(samples_ms, [25, 75])
+    return float(high - low)

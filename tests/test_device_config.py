@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from latency.device import DeviceConfig, load_device, make_meter
+from latency.device import CommandConfig, DeviceConfig, SshConfig, load_device, make_meter
+from search.config import campaign_config, config_to_plain, load_campaign_config
 from space.errors import ConfigError
 from space.records import build, shipped_names, to_plain
 
@@ -39,7 +40,7 @@ def test_a_device_loads_from_a_path(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"kind": "onnxruntim"}, "kind must be one of onnxruntime, but got 'onnxruntim'"),
+        ({"kind": "onnxruntim"}, "has the unknown kind 'onnxruntim'; did you mean 'onnxruntime'?"),
         ({"name": " "}, "name must be printable text, but got ' '"),
         ({"name": "a\nb"}, "name must be printable text"),
         ({"provider": ""}, "provider must be an execution provider"),
@@ -73,8 +74,21 @@ def test_a_wrong_value_gets_a_sentence_with_the_rule(
 @pytest.mark.parametrize("key", ["name", "kind"])
 def test_a_missing_key_is_named(key: str) -> None:
     values = {name: value for name, value in GOOD.items() if name != key}
-    with pytest.raises(ConfigError, match=f"device.yaml: {key} is missing"):
+    with pytest.raises(
+        ConfigError, match=f"device.yaml: ({key} is missing|must have the key .{key}.)"
+    ):
         build(DeviceConfig, values, where="device.yaml")
+
+
+def test_a_campaign_takes_every_kind_and_names_a_misspelt_key() -> None:
+    chosen = load_campaign_config("digits", ["device={name: b, kind: ssh, host: board}"])
+    assert isinstance(chosen.device, SshConfig)
+    shipped = load_campaign_config("digits", ["device=android_tflite"])
+    assert isinstance(shipped.device, CommandConfig)
+    again = campaign_config(config_to_plain(shipped), where="again", folder=Path())
+    assert again.device == shipped.device
+    with pytest.raises(ConfigError, match=r"unknown key 'device.hots'; did you mean 'host'"):
+        load_campaign_config("digits", ["device={name: b, kind: ssh, host: b, hots: c}"])
 
 
 def test_a_misspelt_device_gets_the_nearest_name() -> None:

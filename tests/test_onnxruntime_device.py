@@ -22,9 +22,9 @@ import psutil
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from latency import onnxruntime_device
+from latency import onnxruntime_device, runner
 from latency.contract import check_meter, too_large
-from latency.device import DeviceConfig, LatencyMeter, make_meter
+from latency.device import LatencyMeter, OnnxRuntimeConfig, make_meter
 from latency.measurement import Measurement
 from latency.timing import Timing, TimingProtocol, time_runs
 from space.architecture import (
@@ -40,7 +40,7 @@ from space.records import to_plain
 SMALL = parse_architecture(
     "stem8_s11 | r1_k3_s11_e1_i8_o8 | r2_k3_s22_e3_i8_o16_se0.25 | head32 | r16 | c10 | in1"
 )
-QUICK = DeviceConfig("here", "onnxruntime", effort="quick", attempts=1)
+QUICK = OnnxRuntimeConfig("here", "onnxruntime", effort="quick", attempts=1)
 
 needs_two_cores = pytest.mark.skipif(
     len(os.sched_getaffinity(0)) < 2, reason="two threads are pinned to two cores"
@@ -69,7 +69,7 @@ def timings(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Timing]], list[Ti
             run()
             return given.pop(0)
 
-        monkeypatch.setattr(onnxruntime_device, "time_runs", next_timing)
+        monkeypatch.setattr(runner, "time_runs", next_timing)
         return given
 
     return use
@@ -128,8 +128,8 @@ def test_identity_does_not_depend_on_how_often_or_how_long_it_is_tried() -> None
 def test_identity_is_the_same_in_another_process() -> None:
     program = (
         "import json\n"
-        "from latency.device import DeviceConfig, make_meter\n"
-        "config = DeviceConfig('here', 'onnxruntime', effort='quick')\n"
+        "from latency.device import OnnxRuntimeConfig, make_meter\n"
+        "config = OnnxRuntimeConfig('here', 'onnxruntime', effort='quick')\n"
         "print(json.dumps(make_meter(config).identity()))\n"
     )
     done = subprocess.run(
@@ -195,7 +195,7 @@ def test_the_thread_is_pinned_while_it_measures_and_free_again(
         seen.append(os.sched_getaffinity(0))
         return time_runs(run, protocol)
 
-    monkeypatch.setattr(onnxruntime_device, "time_runs", recording)
+    monkeypatch.setattr(runner, "time_runs", recording)
     taken = meter().measure(SMALL)
     assert seen == [{max(allowed)}]
     assert taken.environment["cores"] == [max(allowed)]
@@ -215,7 +215,7 @@ def test_every_thread_of_the_pool_has_a_core_of_its_own(monkeypatch: pytest.Monk
         seen.extend(os.sched_getaffinity(thread) for thread in started)
         return time_runs(run, protocol)
 
-    monkeypatch.setattr(onnxruntime_device, "time_runs", recording)
+    monkeypatch.setattr(runner, "time_runs", recording)
     meter(threads=2, cores=cores).measure(SMALL)
     assert seen == [{cores[1]}]
 
@@ -225,7 +225,7 @@ def test_a_failed_measurement_frees_the_thread_and_the_lock(
 ) -> None:
     allowed = os.sched_getaffinity(0)
     with monkeypatch.context() as patched:
-        patched.setattr(onnxruntime_device, "time_runs", lambda run, protocol: 1 / 0)
+        patched.setattr(runner, "time_runs", lambda run, protocol: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             meter().measure(SMALL)
     assert os.sched_getaffinity(0) == allowed
@@ -268,7 +268,7 @@ def test_cores_that_were_taken_away_are_a_measurement_s_error() -> None:
 def another_process_measuring(folder: Path) -> Iterator[None]:
     program = (
         "import sys\n"
-        "from latency.onnxruntime_device import host_lock\n"
+        "from latency.lock import host_lock\n"
         "with host_lock(10.0):\n"
         "    print('locked', flush=True)\n"
         "    sys.stdin.read()\n"

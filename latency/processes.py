@@ -1,0 +1,124 @@
+"""Runs a program to its end or its time limit, keeps what it printed, leaves nothing running."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Mapping, Sequence
+from typing import IO
+
+from space.records import record
+
+#: For what is in a pipe to be read once its writer has ended.
+_PIPE_S = 2.0
+
+#: More output than this is no answer; the program is killed.
+MOST_BYTES = 8_000_000
+
+
+@record
+class Finished:
+    """How a program ended.
+
+    Attributes:
+        status: Its exit status; negative: the signal that ended it.
+        output: Its standard output, as text.
+        errors: Its standard error.
+        ending: `ended` by itself, or killed at the `time` limit or for too much `output`.
+    """
+
+    status: int
+    output: str
+    errors: str
+    ending: str
+
+
+def run_to_end(
+    argv: Sequence[str],
+    *,
+    timeout_s: float,
+    given: bytes | None = None,
+    env: Mapping[str, str] | None = None,
+) -> Finished:
+    """Return how a program ended; at the time limit it is killed with all that it started.
+
+    Its standard input is empty; or holds `given` and then stays open until the program ends, so
+    that one at the other end of a connection can tell a waiting caller from one that is gone.
+
+    Raises:
+        OSError: It cannot be started.
+    """
+    process = subprocess.Popen(
+        list(argv),
+        stdin=subprocess.DEVNULL if given is None else subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, **(env or {})},
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    output, errors = _Reader(process.stdout, process), _Reader(process.stderr, process)
+    feeder = threading.Thread(target=_feed, args=(process.stdin, given), daemon=True)
+    feeder.start()
+    ending = "ended"
+    try:
+        process.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        ending = "time"
+    finally:
+        _kill_group(process)
+        # A daemon that the program left behind, in a group of its own, may hold the pipes open.
+        for thread in (feeder, output, errors):
+            thread.join(_PIPE_S)
+        for pipe in (process.stdin, process.stdout, process.stderr):
+            with contextlib.suppress(OSError):
+                if pipe is not None:
+                    pipe.close()
+    if output.overflowed or errors.overflowed:
+        ending = "output"
+    return Finished(process.returncode, output.text, errors.text, ending)
+
+
+class _Reader(threading.Thread):
+    """Reads a pipe to its end, or kills the process that writes too much into it."""
+
+    def __init__(self, pipe: IO[bytes], process: subprocess.Popen[bytes]) -> None:
+        super().__init__(daemon=True)
+        self._pipe, self._process = pipe, process
+        self._parts: list[bytes] = []
+        self.overflowed = False
+        self.start()
+
+    def run(self) -> None:
+        size = 0
+        with contextlib.suppress(OSError, ValueError):  # closed while it was being read
+            while part := os.read(self._pipe.fileno(), 1 << 16):
+                self._parts.append(part)
+                size += len(part)
+                if size > MOST_BYTES:
+                    self.overflowed = True
+                    _kill_group(self._process)
+                    return
+
+    @property
+    def text(self) -> str:
+        """What was read so far."""
+        return b"".join(self._parts).decode("utf-8", "replace")
+
+
+def _feed(pipe: IO[bytes] | None, given: bytes | None) -> None:
+    if pipe is None or given is None:
+        return
+    with contextlib.suppress(OSError, ValueError):  # it ended without reading all of it
+        pipe.write(given)
+        pipe.flush()
+
+
+def _kill_group(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()

@@ -1,0 +1,354 @@
+"""Times an ONNX file with ONNX Runtime, in this process: pinned cores, raw samples.
+
+`python -m latency.runner model.onnx settings.json` prints one JSON line: what `measure` returns,
+or `{"fault": ..., "cause": ...}`. This host is timed by the same functions, called directly.
+
+This file is also sent to devices elsewhere (latency/remote.py): of ours it may import only what is
+sent along, and it must run on Python 3.8 with numpy and ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import gc
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnxruntime
+
+from latency.host import (
+    CpuTimes,
+    allowed_cores,
+    check_memory,
+    environment,
+    memory_bytes,
+    processor_name,
+)
+from latency.timing import NOISY_SPREAD, PROTOCOLS, Effort, Timing, interquartile_range, time_runs
+from space.errors import MeasurementError
+
+CPU_PROVIDER = "CPUExecutionProvider"
+
+_ERRORS_ONLY = 3
+
+#: After the time limit, for ONNX Runtime to stop by itself; then an alarm ends the process.
+GRACE_S = 2.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to time, and how.
+
+    Attributes:
+        shape: Of the input: batch, channels, height, width; float32.
+        input_name: Of the graph's input.
+        output_name: Of the graph's output.
+        provider: ONNX Runtime's execution provider.
+        threads: Threads that compute one inference.
+        cores: One core per thread; None takes the last ones that may be used.
+        effort: Which protocol of latency.timing.
+        attempts: How often a noisy measurement is taken.
+        time_limit_s: Of all attempts together.
+        needed_bytes: Memory that the network needs, about.
+    """
+
+    shape: tuple[int, ...]
+    input_name: str
+    output_name: str
+    provider: str
+    threads: int
+    cores: tuple[int, ...] | None
+    effort: Effort
+    attempts: int
+    time_limit_s: float
+    needed_bytes: int
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One whole timing in a session of its own.
+
+    Attributes:
+        timing: What it gave.
+        running_share: Share of the time that the thread ran: well below 1, other processes had
+            the core, and what was timed is their turn, too.
+        others_cpu_share: Share of the host's processor time that others took until its end.
+    """
+
+    timing: Timing
+    running_share: float
+    others_cpu_share: float | None
+
+    @property
+    def spread(self) -> float:
+        """IQR / median of the samples."""
+        samples_ms = self.timing.samples_ms
+        return interquartile_range(samples_ms) / float(np.median(samples_ms))
+
+    @property
+    def is_good(self) -> bool:
+        """Whether it need not be repeated."""
+        return self.timing.settled and self.spread <= NOISY_SPREAD
+
+
+def measure(model: bytes, settings: Settings, earlier: CpuTimes | None = None) -> dict[str, Any]:
+    """Return the best attempt at timing a network, as JSON values.
+
+    What others do before the measurement is told from `earlier` on, or else from a short wait.
+
+    Keys: `timing` (latency.timing.Timing's fields), `attempts` (how many), `runtime` (see
+    `runtime_identity`), and `environment`: the conditions, with `cores`, `spreads` (IQR / median
+    of every attempt), `running_share`, `settled`, `ending`, and the share of others.
+
+    Raises:
+        MeasurementError: There is no figure.
+    """
+    deadline = time.monotonic() + settings.time_limit_s
+    if earlier is None:
+        earlier = CpuTimes()
+        time.sleep(0.1)
+    check_memory(settings.needed_bytes, memory_bytes())
+    cores = cores_to_use(settings.threads, settings.cores)
+    conditions = environment(cores[0])
+    before = earlier.others_share()
+    attempts = _attempts(model, settings, cores, deadline)
+    best = min(attempts, key=lambda attempt: (not attempt.timing.settled, attempt.spread))
+    return {
+        "timing": dataclasses.asdict(best.timing),
+        "attempts": len(attempts),
+        "runtime": runtime_identity(),
+        "environment": {
+            **conditions,
+            "cores": list(cores),
+            "others_cpu_share_before": before,
+            "others_cpu_share": best.others_cpu_share,
+            "settled": best.timing.settled,
+            "ending": best.timing.ending,
+            "running_share": best.running_share,
+            "spreads": [attempt.spread for attempt in attempts],
+        },
+    }
+
+
+def runtime_identity() -> dict[str, str]:
+    """Return `runtime`, `processor` and `machine`: what figures depend on beside settings."""
+    return {
+        "runtime": f"onnxruntime {onnxruntime.__version__}",
+        "processor": processor_name(),
+        "machine": os.uname().machine,
+    }
+
+
+def cores_to_use(threads: int, wanted: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Return the cores to pin to, one per thread.
+
+    Raises:
+        MeasurementError: This process may not use so many, or not those.
+    """
+    allowed = allowed_cores()
+    if wanted is None:
+        if threads > len(allowed):
+            raise MeasurementError(
+                f"threads must be at most {len(allowed)}, the cores that this process may use,"
+                f" but got {threads}"
+            )
+        return tuple(allowed[-threads:])
+    missing = [core for core in wanted if core not in allowed]
+    if missing:
+        raise MeasurementError(
+            "cores must be among those that this process may use"
+            f" ({', '.join(map(str, allowed))}), but got {', '.join(map(str, missing[:5]))}"
+        )
+    return wanted
+
+
+# ---------------------------------------------------------------------------- attempts
+
+
+class _TimeIsUp(Exception):
+    """The time limit ended an attempt."""
+
+
+def _attempts(
+    model: bytes, settings: Settings, cores: tuple[int, ...], deadline: float
+) -> list[Attempt]:
+    """Attempts until one is good, `attempts` are made, or the time is up; at least one."""
+    taken: list[Attempt] = []
+    while len(taken) < settings.attempts:
+        try:
+            taken.append(_attempt(model, settings, cores, deadline))
+        except _TimeIsUp:
+            if not taken:
+                raise MeasurementError(
+                    f"the network took longer than time_limit_s ({settings.time_limit_s:g} s)",
+                    cause="architecture",
+                ) from None
+            break
+        if taken[-1].is_good:
+            break
+    return taken
+
+
+def _attempt(model: bytes, settings: Settings, cores: tuple[int, ...], deadline: float) -> Attempt:
+    begun = CpuTimes()
+    images = np.random.default_rng(0).standard_normal(settings.shape, dtype=np.float32)
+    options = _session_options(settings, cores)
+    run_options = onnxruntime.RunOptions()
+
+    def stop() -> None:
+        with contextlib.suppress(AttributeError):  # older ONNX Runtimes cannot stop loading
+            options.set_load_cancellation_flag(True)
+        run_options.terminate = True
+
+    with _pinned(cores), _stopwatch(deadline, stop):
+        session = _session(model, options, settings.provider)
+        binding = session.io_binding()
+        binding.bind_cpu_input(settings.input_name, images)
+        binding.bind_output(settings.output_name)
+
+        def run() -> None:
+            try:
+                session.run_with_iobinding(binding, run_options)
+            except Exception as error:  # ONNX Runtime's errors have no root of their own
+                raise MeasurementError(
+                    f"ONNX Runtime failed to run the network: {_first_line(error)}",
+                    cause="architecture",
+                ) from error
+
+        with _no_garbage_collection():
+            before_s, ran_s = time.perf_counter(), time.thread_time()
+            timing = time_runs(run, PROTOCOLS[settings.effort])
+            ran_s, wall_s = time.thread_time() - ran_s, time.perf_counter() - before_s
+        return Attempt(timing, round(min(1.0, ran_s / wall_s), 3), begun.others_share())
+
+
+def _session_options(settings: Settings, cores: tuple[int, ...]) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = settings.threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.log_severity_level = _ERRORS_ONLY
+    # Waiting threads spin, as they do in an application that leaves the default alone.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1")
+    if settings.threads > 1:
+        # The calling thread computes, too; the pool holds the others. Cores count from 1 here.
+        others = ";".join(str(core + 1) for core in cores[1:])
+        options.add_session_config_entry("session.intra_op_thread_affinities", others)
+    if settings.provider != CPU_PROVIDER:
+        # Part of a network falling back to the CPU would be timed as if it were the device's.
+        options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
+    return options
+
+
+def _session(
+    model: bytes, options: onnxruntime.SessionOptions, provider: str
+) -> onnxruntime.InferenceSession:
+    available = onnxruntime.get_available_providers()
+    if provider not in available:
+        raise MeasurementError(
+            f"provider must be one of {', '.join(available)} with that installation of ONNX"
+            f" Runtime, but got {provider!r}"
+        )
+    try:
+        session = onnxruntime.InferenceSession(model, options, providers=[provider])
+    except Exception as error:  # ONNX Runtime's errors have no root of their own
+        raise MeasurementError(
+            f"ONNX Runtime rejects the network: {_first_line(error)}", cause="architecture"
+        ) from error
+    if session.get_providers()[0] != provider:
+        raise MeasurementError(
+            f"{provider} could not be started; ONNX Runtime fell back to"
+            f" {session.get_providers()[0]}"
+        )
+    return session
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0][:300]
+
+
+@contextlib.contextmanager
+def _pinned(cores: tuple[int, ...]) -> Iterator[None]:
+    """Pin the calling thread to the first core; ONNX Runtime pins its pool to the others."""
+    allowed = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, cores[:1])
+    except OSError as error:
+        raise MeasurementError(
+            f"core {cores[0]} cannot be used: {error.strerror or error}"
+        ) from error
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@contextlib.contextmanager
+def _stopwatch(deadline: float, stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` from another thread at the deadline; what then fails raises _TimeIsUp."""
+    expired = threading.Event()
+
+    def expire() -> None:
+        expired.set()
+        stop()
+
+    timer = threading.Timer(max(0.0, deadline - time.monotonic()), expire)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except MeasurementError as error:
+        if expired.is_set():
+            raise _TimeIsUp from error
+        raise
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    """A collection amid a sample would count as the network's time."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+# ---------------------------------------------------------------------------- on its own
+
+
+def main(model_path: str, settings_path: str) -> None:
+    """Time the network of a file and print the report as one JSON line."""
+    with open(settings_path, encoding="utf-8") as file:
+        values = json.load(file)
+    for name in ("shape", "cores"):
+        values[name] = None if values[name] is None else tuple(values[name])
+    settings = Settings(**values)
+    # The alarm's default action ends the process wherever it is, also where nobody watches it.
+    signal.setitimer(signal.ITIMER_REAL, settings.time_limit_s + GRACE_S)
+    with open(model_path, "rb") as file_:
+        model = file_.read()
+    try:
+        report = measure(model, settings)
+    except MeasurementError as error:
+        report = {"fault": str(error), "cause": error.cause}
+    except MemoryError:
+        report = {"fault": "memory ran out", "cause": "infrastructure"}
+    print(json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
