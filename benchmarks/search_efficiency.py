@@ -59,6 +59,7 @@ COUNTERPARTS = {
     "reinforce": "reinforce_fact",
     "evolution": "re100_25",
     "local": "local",
+    "guided": "gp2_ts",
 }
 
 FIELDS = ("settings", "device", "objective", "seed", "batch", "budget")

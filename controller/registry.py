@@ -10,6 +10,7 @@ from pydantic import Field
 
 from controller.base import Controller, MetricsOf, Score
 from controller.evolution import Evolution, EvolutionConfig
+from controller.guided import Guided, GuidedConfig
 from controller.local_search import LocalSearch, LocalSearchConfig
 from controller.ppo import PPO, PPOConfig
 from controller.random_search import RandomConfig, RandomSearch
@@ -17,7 +18,7 @@ from controller.reinforce import Reinforce, ReinforceConfig
 
 #: The union itself, for those who add members of their own before they discriminate.
 BuiltInControllerConfig = (
-    RandomConfig | PPOConfig | ReinforceConfig | EvolutionConfig | LocalSearchConfig
+    RandomConfig | PPOConfig | ReinforceConfig | EvolutionConfig | LocalSearchConfig | GuidedConfig
 )
 
 #: What YAML reads as `controller: {name: ppo, learning_rate: 1e-3}`.
@@ -30,6 +31,7 @@ CONTROLLERS: dict[str, Callable[..., Controller]] = {
     "reinforce": Reinforce,
     "evolution": Evolution,
     "local": LocalSearch,
+    "guided": Guided,
 }
 
 

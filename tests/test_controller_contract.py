@@ -12,6 +12,7 @@ import pytest
 from controller.base import Controller, Outcome, Proposal, Result, State
 from controller.contract import check_controller, play
 from controller.evolution import EvolutionConfig
+from controller.guided import GuidedConfig
 from controller.local_search import LocalSearchConfig
 from controller.policy import PolicyConfig
 from controller.ppo import PPOConfig
@@ -26,6 +27,7 @@ CONFIGS: dict[str, BuiltInControllerConfig] = {
     # Small enough for the suite to reach ageing, and restarts.
     "evolution": EvolutionConfig(population=6, sample_size=3),
     "local": LocalSearchConfig(starts=3, patience=1),
+    "guided": GuidedConfig(initial=8, starts=4),
 }
 SPACES = [(5,), (1,), (2, 3, 4, 1, 6), (3,) * 28]
 
@@ -87,7 +89,7 @@ def test_a_space_that_is_none_is_refused(
         make_controller(config, num_choices, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("name", ["evolution", "local"])
+@pytest.mark.parametrize("name", ["evolution", "local", "guided"])
 @pytest.mark.parametrize("outcomes", [["completed"], ["failed"], ["completed", "failed"]], ids=str)
 def test_no_tokens_are_proposed_twice_before_the_whole_space_was(
     name: str, outcomes: list[Outcome]
