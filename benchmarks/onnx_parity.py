@@ -49,16 +49,25 @@ Weights = dict[str, Array]
 
 
 def random_weights(architecture: Architecture, seed: int) -> Weights:
-    """Initial weights, with batch norms as if trained: all statistics differ from 0 and 1."""
+    """Random weights, with batch norms as if trained: all statistics differ from 0 and 1.
+
+    Kernels keep the size of activations from layer to layer (He et al., 2015, with fan-in). Those
+    that a training starts with would let them grow to thousands where no training set the
+    statistics: squeeze-and-excitation's sigmoids turn into steps, and float32 itself is wrong by
+    1e-4, whoever computes.
+    """
     rng = np.random.default_rng(seed)
     weights = dict(initial_parameters(architecture, seed))
     for name, value in weights.items():
-        if ".norm." in name or name.endswith("bias"):
-            positive = name.endswith(("gamma", "moving_variance"))
-            drawn = (
-                rng.uniform(0.5, 1.5, value.shape) if positive else rng.normal(0, 0.3, value.shape)
-            )
-            weights[name] = drawn.astype(np.float32)
+        shape = value.shape
+        if name.endswith(("gamma", "moving_variance")):
+            drawn = rng.uniform(0.5, 1.5, shape)
+        elif value.ndim == 1:
+            drawn = rng.normal(0, 0.3, shape)
+        else:
+            gain = 1.0 if ".project." in name else 2.0
+            drawn = rng.normal(0, np.sqrt(gain / np.prod(shape[1:])), shape)
+        weights[name] = drawn.astype(np.float32)
     # Logits of the size that a trained network has.
     x = images(architecture, 4, seed)
     largest = float(np.abs(onnx_logits(onnx_model(architecture, weights=weights), x)).max())
