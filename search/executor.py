@@ -18,7 +18,9 @@ from __future__ import annotations
 import collections
 import logging
 import os
+import signal
 import socket
+import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
@@ -474,6 +476,7 @@ def _connect(config: RayConfig) -> Any:
     # Its remarks about a cluster's defaults are not for the user of a campaign; errors still come.
     logging.getLogger("ray").setLevel(logging.ERROR)
     _check_reachable(config.address)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         if config.address is None:
             ray.init(
@@ -495,6 +498,9 @@ def _connect(config: RayConfig) -> Any:
         raise ConfigError(
             f"executor.address: cannot join Ray at {config.address!r}: {first_line}"
         ) from error
+    # Ray's own handler prints a stack and ends the engine at once.
+    if on_sigterm is not None and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)
     return ray
 
 

@@ -99,6 +99,18 @@ RAY = "executor={name: ray, workers: 2, time_limit_s: 60}"
 
 
 @pytest.mark.slow
+def test_sigterm_ends_a_campaign_with_ray_workers_as_ctrl_c_does(tmp_path: Path) -> None:
+    config = write_synthetic(tmp_path, trials=TRIALS, seconds=0.2)
+    process = start_mnas("search", str(config), RAY, "--out", str(tmp_path / "run"))
+    wait_for_results(tmp_path / "run", 3)
+    process.terminate()
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, output
+    assert "mnas resume" in output
+    assert "SIGTERM" not in output
+
+
+@pytest.mark.slow
 def test_with_ray_workers_ctrl_c_and_kill_9_leave_no_process_and_lose_nothing(
     tmp_path: Path, quiet: Path
 ) -> None:
