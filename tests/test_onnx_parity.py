@@ -49,7 +49,7 @@ def test_two_members_of_a_space_are_written_alike_by_both_writers(space: str) ->
     assert [row["failures"] for row in rows] == [[], []]
 
 
-@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("space", ["mnasnet", "small_image"])
 @pytest.mark.parametrize(
     "wrong",
     [NetworkStyle("symmetric", 1e-3), NetworkStyle("same", 2e-3)],
