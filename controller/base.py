@@ -7,6 +7,7 @@ one thread:
     controller.update(results)             # in the order proposed, all of what was proposed;
                                            # an asynchronous search: as they come, others open
     controller.observe(results)            # trials that it did not propose, e.g. a baseline
+    controller.recommend(n)                # at the end: what to hand over
 
 `state_dict` holds everything that the next proposal depends on, the RNG included: after
 `load_state_dict` in a new process the same calls give the same values, bit for bit.
@@ -102,6 +103,27 @@ class Controller(ABC):
     @abstractmethod
     def observe(self, results: Sequence[Result]) -> None:
         """Take note of trials that it did not propose; a controller may ignore them."""
+
+    def probe(self, count: int) -> list[tuple[int, ...]]:
+        """Return tokens whose metrics alone it asks for before it proposes `count`; none at first.
+
+        Where metrics take no training, e.g. a latency on a device that is free, the engine calls
+        `probe`, `observe_metrics` with what it found, and `propose`.
+        """
+        return []
+
+    def observe_metrics(
+        self, metrics: Sequence[tuple[tuple[int, ...], Mapping[str, float]]]
+    ) -> None:
+        """Take note of (tokens, name -> value) pairs; tokens that failed are left out."""
+
+    def recommend(self, count: int) -> list[tuple[int, ...]]:
+        """Return up to `count` evaluated tokens to hand over, best first.
+
+        Where accuracies are noisy, the best observed reward is often a lucky one; a controller
+        that models the noise knows better. The default is no opinion: the best observed count.
+        """
+        return []
 
     @abstractmethod
     def diagnostics(self) -> dict[str, float]:

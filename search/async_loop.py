@@ -17,7 +17,7 @@ from dataclasses import replace
 from controller.base import Controller, state_from_bytes, state_to_bytes
 from search.campaign import Campaign
 from search.executor import Executor, Job, make_executor
-from search.loop import Search, Watcher, is_infrastructure, repeats, result_of
+from search.loop import Search, Watcher, is_infrastructure, learn
 from search.parts import Parts
 from search.trial import Trial
 
@@ -54,10 +54,10 @@ class AsyncSearch(Search):
                 self._start(trial, executor)
             while True:
                 self._fill(controller, executor)
-                reason = None if self._running else self._stop_reason()
+                reason = None if self._running else self._tally.reason()
                 if reason is not None:
                     # What is left to learn from waits, so that an extended search leaves no seam.
-                    self.store.set_meta("stop_reason", reason)
+                    self._end(controller, reason)
                     return reason
                 for finished in executor.wait(timeout_s=1.0):
                     trial = self._running.pop(finished.job.trial_id)
@@ -71,31 +71,26 @@ class AsyncSearch(Search):
     def _fill(self, controller: Controller, executor: Executor) -> None:
         """Propose until every worker has something to do or a stop rule holds."""
         self._learn_when_due(controller)
-        while len(self._running) < executor.capacity and self._stop_reason() is None:
-            (proposal,) = controller.propose(1)
-            trial = self._new_trial(self._next_id, self._next_batch, proposal)
-            self.store.begin_batch([trial], state_to_bytes(controller.state_dict()))
-            self._next_id += 1
-            self._next_batch += 1
-            self._counts["pending"] += 1
-            self._start(trial, executor)
+        while len(self._running) < executor.capacity and self._tally.reason() is None:
+            for trial in self._next_trials(controller, 1):
+                self._start(trial, executor)
             self._learn_when_due(controller)
 
     def _start(self, trial: Trial, executor: Executor) -> None:
         """Submit a trial, or let it take an identical one's result, now or when that is there."""
-        original = self._original(trial)
+        original = self._original(trial.architecture_hash)
         if original is not None:
             self._reuse(trial, original)
             return
         if trial.architecture_hash in self._followers:
             self._followers[trial.architecture_hash].append(trial)
             return
-        measured: Trial | None = trial
         if self.parts.meter is not None:
-            measured = self._measured(self.parts.meter, trial)
-        if measured is None:
+            trial = self._measured(self.parts.meter, trial)
+        if trial.outcome is not None:
+            self._finish(trial)
             return
-        started = replace(measured, attempt=trial.attempt + 1)
+        started = replace(trial, attempt=trial.attempt + 1)
         self.store.start_attempts([started])
         self._running[trial.id] = started
         self._followers[trial.architecture_hash] = []
@@ -113,7 +108,7 @@ class AsyncSearch(Search):
             return
         trials, self._unlearned = self._unlearned[:size], self._unlearned[size:]
         learned = [trial for trial in trials if not is_infrastructure(trial)]
-        controller.update([result_of(trial) for trial in learned])
+        learn(controller, learned)
         diagnostics = controller.diagnostics()
         self._note_time()
         self.store.commit_update(
@@ -122,7 +117,7 @@ class AsyncSearch(Search):
             diagnostics,
             state_to_bytes(controller.state_dict()),
         )
-        self._recent.append(repeats(trials))
+        self._tally.note_batch(trials)
         self.watcher.update(self._updates, diagnostics)
         self._updates += 1
 
@@ -130,7 +125,9 @@ class AsyncSearch(Search):
         """The controller as it was after its last proposal or update."""
         controller = self.parts.controller(self.objective)
         snapshot = self.store.snapshot()
-        if snapshot is not None:
+        if snapshot is None:
+            self._warm_start(controller)
+        else:
             controller.load_state_dict(state_from_bytes(snapshot[1]))
         return controller
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from retrain import data_cli
 from search import cli_parts
 from space.errors import ConfigError
 
@@ -68,7 +69,9 @@ def search_command(
         _run(out, wanted, continue_with, as_json=as_json)
         return
     from search.campaign import create
+    from search.warm_start import check_warm_start
 
+    check_warm_start(wanted)
     folder = _free_folder(Path("runs") / wanted.name) if out is None else out
     _run(folder, wanted, create, as_json=as_json)
 
@@ -109,7 +112,7 @@ def _run(
     with opener(folder, config) as campaign:
         _print_lines(console, [*describe(parts), ("folder", str(folder))])
         store = campaign.store
-        best = store.trials(role="search", best=1)
+        best = store.best(1)
         pending = store.counts().get("pending", 0)
         done = sum(store.counts().values()) - pending
         progress = Progress(console, campaign.config.stop.trials, done, best[0] if best else None)
@@ -252,12 +255,11 @@ def top_command(
     from rich.console import Console
 
     from search.campaign import open_to_read
-    from search.pareto import best_networks, pareto_front
+    from search.pareto import pareto_front
     from search.tables import trial_summary, trial_table
 
     with closing(open_to_read(folder)) as store:
-        trials = store.trials(role="search")
-    chosen = pareto_front(trials) if front else best_networks(trials, count)
+        chosen = pareto_front(store.trials()) if front else store.best(count)
     if as_json:
         print_json({"folder": str(folder), "trials": [trial_summary(t) for t in chosen]})
     else:
@@ -289,3 +291,4 @@ def report_command(
 
 
 cli_parts.register(app)
+app.add_typer(data_cli.app, name="data", rich_help_panel=None)

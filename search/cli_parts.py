@@ -318,10 +318,11 @@ def _hand_over(folder: Path, top: int | None, *, as_json: bool) -> None:
 
     from search.campaign import open_to_write
     from search.finalists import hand_over
+    from search.parts import Parts
     from search.progress import Progress
 
     with open_to_write(folder) as campaign, Progress(Console(stderr=True), 0, 0, None) as progress:
-        winner = hand_over(campaign, progress, top=top)
+        winner = hand_over(campaign, Parts(campaign.config), progress, top=top)
     if winner is None:
         raise ConfigError(f"{folder}: no network was retrained; campaign.log says why.")
     if as_json:

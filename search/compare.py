@@ -39,7 +39,7 @@ def compare(folders: Sequence[Path]) -> list[dict[str, Any]]:
         with closing(open_to_read(folder)) as store:
             curves.append(_best_so_far(store))
             counts = store.counts()
-            best = store.trials(role="search", best=1)
+            best = store.best(1)
             found.append(
                 {
                     "folder": str(folder),
@@ -67,7 +67,7 @@ def _best_so_far(store: Store) -> list[float | None]:
     curve: list[float | None] = []
     best: float | None = None
     for figures in store.figures():
-        if figures.role != "search":
+        if figures.id < 0:
             continue
         if figures.reward is not None and (best is None or figures.reward > best):
             best = figures.reward

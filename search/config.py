@@ -174,6 +174,26 @@ class StopConfig:
 
 
 @record
+class WarmStartConfig:
+    """An earlier campaign's trials as the controller's first knowledge.
+
+    Their accuracies carry over; the latency is measured on this campaign's own device. In YAML the
+    folder alone will do.
+
+    Attributes:
+        campaign: Its folder; its children must have been trained the same way.
+        trials: Only the last so many of its networks; None takes all.
+    """
+
+    campaign: str
+    trials: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.trials is not None and self.trials < 1:
+            raise ValueError(f"trials must be >= 1, but got {self.trials}")
+
+
+@record
 class RetrainConfig:
     """What happens to the best networks after the search.
 
@@ -231,6 +251,9 @@ class CampaignConfig:
             come, in the order in which they came.
         executor: Where trials are evaluated.
         stop: When the search ends.
+        warm_start: An earlier campaign to learn from first; null starts from nothing.
+        baseline_share: Share of the trials, 0 to 0.5, that are drawn at random in the controller's
+            place, so that the report can say what the controller gains.
         retrain: What happens to the best; null ends with the search.
     """
 
@@ -243,6 +266,8 @@ class CampaignConfig:
     stop: StopConfig
     device: DeviceChoice | None = None
     retrain: RetrainConfig | None = None
+    warm_start: WarmStartConfig | None = None
+    baseline_share: float = 0.0
     seed: int = 0
     batch_size: int = 16
     mode: Literal["sync", "async"] = "sync"
@@ -252,6 +277,10 @@ class CampaignConfig:
             raise ValueError(f"name must be usable as a folder's name, but got {self.name!r}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, but got {self.batch_size}")
+        if not 0 <= self.baseline_share <= 0.5:
+            raise ValueError(
+                f"baseline_share must be in [0, 0.5], but got {self.baseline_share!r}"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed must be in [0, 2**63), but got {self.seed}")
         if self.device is None and isinstance(self.evaluator, TrainEvaluatorConfig):
@@ -314,6 +343,8 @@ def _resolve_names(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     device = resolved.get("device")
     if isinstance(device, str):
         resolved["device"] = load_yaml(find_config(device, "device", relative_to=folder))
+    if isinstance(resolved.get("warm_start"), str):
+        resolved["warm_start"] = {"campaign": resolved["warm_start"]}
     for key in ("evaluator", "retrain"):
         part = resolved.get(key)
         if isinstance(part, dict) and isinstance(part.get("recipe"), str):

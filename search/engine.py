@@ -27,6 +27,7 @@ from search.finalists import LineWatcher, hand_over
 from search.loop import Watcher
 from search.parts import Parts
 from search.trial import Trial
+from search.warm_start import check_warm_start
 from space.records import record
 
 logger = logging.getLogger(__name__)
@@ -90,6 +91,7 @@ def start(
         KeyboardInterrupt: Stopped; what is committed stays, `resume` goes on.
     """
     parts = Parts(config)
+    check_warm_start(config)
     with folders.create(folder, config) as campaign:
         return run(campaign, parts, watcher or Silent())
 
@@ -119,10 +121,10 @@ def run(campaign: Campaign, parts: Parts, watcher: CampaignWatcher) -> CampaignO
         logger.info("search ended: %s", stop_reason)
         winner = None
         if campaign.config.retrain is not None:
-            winner = hand_over(campaign, watcher)
+            winner = hand_over(campaign, parts, watcher)
         report = campaign.folder / "report.html"
         write_report(campaign.store, campaign.config, report)
-        best = campaign.store.trials(role="search", best=1)
+        best = campaign.store.best(1)
         counts = campaign.store.counts()
         return CampaignOutcome(
             folder=str(campaign.folder),

@@ -54,6 +54,13 @@ class Evaluator(ABC):
     def epochs(self) -> float:
         """Fidelity of an evaluation: results are reused only at equal fidelity."""
 
+    def metrics(self, architecture: Architecture) -> dict[str, float]:
+        """Return the metrics that take no evaluation, e.g. a surrogate's `latency_ms`.
+
+        None by default: a network's figures are known once it is evaluated.
+        """
+        return {}
+
     @abstractmethod
     def warm_up(self) -> None:
         """Load what every evaluation needs (frameworks, data), before there is a trial."""

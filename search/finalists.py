@@ -1,5 +1,8 @@
 """The hand-over: the best networks are fully retrained, one is named, tested once and exported.
 
+Which networks are the best is the controller's to say, if it models the noise: the highest reward
+observed is often a lucky one. Each is measured anew and trained with a new seed.
+
 Each full training is a process of its own, `python -m retrain`, in a folder of its own below
 finalists/, so that it can be killed, resumed and repeated by hand. The winner is chosen on images
 held out from the training set; only then is the test set used, once.
@@ -19,10 +22,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from search.campaign import Campaign
-from search.objective import Objective
+from search.loop import FULL_TRAINING, trial_seed
+from search.objective import LATENCY, Objective
 from search.pareto import best_networks
+from search.parts import Parts
+from search.store import Store
 from search.trial import Failure, Trial
-from space.errors import ConfigError, TrialFailed
+from space.errors import ConfigError, MeasurementError, TrialFailed
 from space.files import write_atomically
 from space.records import dump_yaml
 
@@ -40,12 +46,13 @@ class LineWatcher(Protocol):
 
 
 def hand_over(
-    campaign: Campaign, watcher: LineWatcher, *, top: int | None = None
+    campaign: Campaign, parts: Parts, watcher: LineWatcher, *, top: int | None = None
 ) -> dict[str, Any] | None:
     """Retrain the best networks of a campaign whose search has been run before.
 
     Args:
         campaign: Open for writing.
+        parts: Made from its configuration.
         watcher: Is shown the trainings' progress.
         top: How many networks; None takes the configuration's.
 
@@ -59,7 +66,19 @@ def hand_over(
     if target_ms is None:
         raise ConfigError(f"{campaign.folder}: its search has not begun; nothing to retrain.")
     objective = Objective(campaign.config.objective, target_ms)
-    return HandOver(campaign, objective, watcher, top=top or config.top).run()
+    return HandOver(campaign, parts, objective, watcher, top=top or config.top).run()
+
+
+def candidates(store: Store, count: int) -> list[Trial]:
+    """Return the networks to hand over, best first.
+
+    The controller's recommendations come first, then the highest observed rewards.
+    """
+    recommended = store.trials_by_id(ids := store.meta("recommended", []))
+    chosen: dict[str, Trial] = {}
+    for trial in [*sorted(recommended, key=lambda t: ids.index(t.id)), *store.best(count)]:
+        chosen.setdefault(trial.architecture_hash, trial)
+    return list(chosen.values())[:count]
 
 
 class HandOver:
@@ -67,18 +86,26 @@ class HandOver:
 
     Args:
         campaign: Open for writing; its search is done.
+        parts: Made from its configuration.
         objective: Ranks the retrained networks.
         watcher: Is shown the trainings' progress.
         top: How many networks.
     """
 
     def __init__(
-        self, campaign: Campaign, objective: Objective, watcher: LineWatcher, *, top: int
+        self,
+        campaign: Campaign,
+        parts: Parts,
+        objective: Objective,
+        watcher: LineWatcher,
+        *,
+        top: int,
     ) -> None:
         assert campaign.config.retrain is not None  # asked for by the caller
         self._campaign = campaign
         self._config = campaign.config.retrain
         self._store = campaign.store
+        self._meter = parts.full_meter()
         self._objective = objective
         self._watcher = watcher
         self._top = top
@@ -89,8 +116,7 @@ class HandOver:
         Returns:
             None if no network has a reward or every training failed.
         """
-        searched = self._store.trials(role="search")
-        finalists = [self._retrain(trial) for trial in best_networks(searched, self._top)]
+        finalists = [self._retrain(trial) for trial in candidates(self._store, self._top)]
         ranked = best_networks(finalists, 1)
         if not ranked:
             return None
@@ -106,13 +132,17 @@ class HandOver:
         finalist = known or self._new_finalist(trial)
         started = time.monotonic()
         try:
+            finalist = self._measured(finalist)
             result = self._train(finalist)
+        except MeasurementError as error:
+            failure = Failure(f"measuring failed: {error}", error.cause)
+            done = replace(finalist, outcome="failed", failure=failure)
         except TrialFailed as error:
             failure = Failure(error.reason, error.cause, error.detail)
             done = replace(finalist, outcome="failed", failure=failure)
         else:
             accuracy = float(result["validation_accuracy"])
-            reward, parts = self._objective.reward(accuracy, trial.metrics or {})
+            reward, parts = self._objective.reward(accuracy, finalist.metrics or {})
             done = replace(
                 finalist, outcome="completed", accuracy=accuracy, reward=reward, parts=parts
             )
@@ -125,11 +155,12 @@ class HandOver:
     def _new_finalist(self, trial: Trial) -> Trial:
         finalist = replace(
             trial,
-            id=self._store.next_finalist_id(),
+            id=self._store.next_other_id(),
             batch=-1,
             role="finalist",
             proposal_id=None,
             finalist_of=trial.id,
+            seed=trial_seed(self._campaign.config.seed, trial.id, FULL_TRAINING),
             epochs=float(self._config.recipe.epochs),
             outcome=None,
             reused_from=None,
@@ -143,6 +174,18 @@ class HandOver:
         )
         self._store.add_trials([finalist])
         return finalist
+
+    def _measured(self, finalist: Trial) -> Trial:
+        """The finalist with a latency of its own, measured anew where there is a device."""
+        if self._meter is None:
+            return finalist
+        self._watcher.line(f"measuring trial {finalist.finalist_of}'s network anew")
+        measurement = self._meter.measure(finalist.network())
+        metrics = {
+            **(finalist.metrics or {}), LATENCY: measurement.median_ms, **measurement.metrics
+        }  # fmt: skip
+        ids = (self._store.add_measurement(measurement),)
+        return replace(finalist, metrics=metrics, measurement_ids=ids)
 
     def folder(self, trial_id: int) -> Path:
         """Where the full training of a search trial's network is."""

@@ -9,7 +9,6 @@ configuration alone: killed anywhere and resumed, it gives the same rows as one 
 
 from __future__ import annotations
 
-import collections
 import logging
 import math
 import time
@@ -26,16 +25,21 @@ from search.campaign import Campaign
 from search.executor import Executor, Finished, Job, make_executor
 from search.objective import LATENCY, Objective
 from search.parts import Parts
+from search.stop import Tally
 from search.trial import Failure, Trial
+from search.warm_start import carry_over
 from space.architecture import Architecture, graph_hash
 from space.cost import count
 from space.errors import ConfigError, MeasurementError
+from space.tokens import uniform_tokens
 
 logger = logging.getLogger(__name__)
 
-#: So many batches in a row of which 95 % only repeat earlier networks end the search.
-REPEATING_BATCHES = 5
-REPEATING_SHARE = 0.95
+#: The campaign's random streams, by the first key under its seed: the controller's is 0.
+TRAINING, BASELINE, FULL_TRAINING = 1, 2, 3
+
+#: How many networks a controller is asked to recommend at the end.
+RECOMMENDED = 10
 
 
 class Watcher(Protocol):
@@ -54,10 +58,19 @@ class Watcher(Protocol):
         """The controller has learned from a batch."""
 
 
-def trial_seed(campaign_seed: int, trial_id: int) -> int:
+def trial_seed(campaign_seed: int, trial_id: int, purpose: int = TRAINING) -> int:
     """Return the seed of a trial's training, 0 to 2**32 - 1: independent of all others."""
-    sequence = np.random.SeedSequence(campaign_seed, spawn_key=(1, trial_id))
-    return int(sequence.generate_state(1)[0])
+    return int(stream(campaign_seed, purpose, trial_id).generate_state(1)[0])
+
+
+def stream(campaign_seed: int, purpose: int, trial_id: int) -> np.random.SeedSequence:
+    """Return the randomness of a trial for one purpose."""
+    return np.random.SeedSequence(campaign_seed, spawn_key=(purpose, trial_id))
+
+
+def is_baseline(trial_id: int, share: float) -> bool:
+    """Whether a trial is drawn at random in the controller's place, given the share of those."""
+    return math.floor((trial_id + 1) * share) > math.floor(trial_id * share)
 
 
 class Search:
@@ -76,25 +89,10 @@ class Search:
         self.watcher = watcher
         self.parts = parts
         self.objective = Objective(self.config.objective, self._target_ms())
-        self._spent_s: float = self.store.meta("spent_s", 0.0)
-        self._started = time.monotonic()
-        self._last_failure = self.store.last_failure()
+        self._tally = Tally(self.config.stop, self.store)
         self._batch: dict[int, Trial] = {}
         self._networks: dict[int, Architecture] = {}
-        # What the stop rules look at, counted along: a large campaign's rows are not read again.
-        self._counts = collections.Counter(self.store.counts())
         self._next_id, self._next_batch = self.store.next_ids()
-        self._recent: collections.deque[tuple[int, int]] = collections.deque(
-            (
-                repeats(self.store.trials_by_id(ids))
-                for _, ids, _ in self.store.updates(last=REPEATING_BATCHES)
-            ),
-            maxlen=REPEATING_BATCHES,
-        )
-        self._training_s = self.store.training_s()
-        self._last_success = self.store.last_success()
-        best = self.store.trials(role="search", best=1)
-        self._best = (best[0].reward or 0.0, best[0].id) if best else (-math.inf, 0)
 
     def run(self) -> str:
         """Search until a stop rule holds; return the sentence that says which.
@@ -107,9 +105,9 @@ class Search:
         try:
             while True:
                 open_batch = self._open_batch()
-                reason = None if open_batch else self._stop_reason()
+                reason = None if open_batch else self._tally.reason()
                 if reason is not None:
-                    self.store.set_meta("stop_reason", reason)
+                    self._end(controller, reason)
                     return reason
                 trials = open_batch or self._propose(controller)
                 if executor is None and any(t.outcome is None for t in trials):
@@ -123,36 +121,68 @@ class Search:
     # ------------------------------------------------------------------ the steps of a batch
 
     def _propose(self, controller: Controller) -> list[Trial]:
-        """Transaction (a)."""
-        left = self.config.stop.trials - self._counts.total()
+        """The next batch's trials."""
         self._networks.clear()
-        proposals = controller.propose(min(self.config.batch_size, left))
+        left = self.config.stop.trials - self._tally.proposed
+        return self._next_trials(controller, min(self.config.batch_size, left))
+
+    def _next_trials(self, controller: Controller, count: int) -> list[Trial]:
+        """Transaction (a): the controller's proposals and, by the share, random ones."""
+        share = self.config.baseline_share
+        ids = range(self._next_id, self._next_id + count)
+        own = sum(not is_baseline(trial_id, share) for trial_id in ids)
+        self._probe(controller, own)
+        proposals = iter(controller.propose(own) if own else ())
         trials = [
-            self._new_trial(self._next_id + index, self._next_batch, proposal)
-            for index, proposal in enumerate(proposals)
+            self._new_trial(i, None if is_baseline(i, share) else next(proposals)) for i in ids
         ]
         self.store.begin_batch(trials, state_to_bytes(controller.state_dict()))
-        self._next_id += len(trials)
+        self._next_id += count
         self._next_batch += 1
-        self._counts["pending"] += len(trials)
+        self._tally.begin(count)
         return trials
 
-    def _new_trial(self, trial_id: int, batch: int, proposal: Proposal) -> Trial:
-        architecture = self.parts.space.decode(proposal.tokens)
+    def _new_trial(self, trial_id: int, proposal: Proposal | None) -> Trial:
+        """The trial of a proposal; without one it is drawn at random, as a baseline."""
+        if proposal is None:
+            choices = self.parts.space.num_choices
+            rng = np.random.default_rng(stream(self.config.seed, BASELINE, trial_id))
+            tokens, log_prob = uniform_tokens(choices, rng), -float(np.log(choices).sum())
+        else:
+            tokens, log_prob = proposal.tokens, proposal.log_prob
+        architecture = self.parts.space.decode(tokens)
         self._networks[trial_id] = architecture
         return Trial(
             id=trial_id,
-            batch=batch,
-            role="search",
-            proposal_id=proposal.id,
-            tokens=proposal.tokens,
-            log_prob=proposal.log_prob,
+            batch=self._next_batch,
+            role="baseline" if proposal is None else "search",
+            proposal_id=None if proposal is None else proposal.id,
+            tokens=tokens,
+            log_prob=log_prob,
             architecture=architecture.text,
             architecture_hash=architecture.hash,
             seed=trial_seed(self.config.seed, trial_id),
             epochs=self.parts.epochs,
             created_at=time.time(),
         )
+
+    def _probe(self, controller: Controller, count: int) -> None:
+        """Tell the controller the metrics that it asks for before it proposes."""
+        known = []
+        for tokens in controller.probe(count):
+            architecture = self.parts.space.decode(tokens)
+            try:
+                if self.parts.meter is None:
+                    metrics = self.parts.evaluator.metrics(architecture)
+                else:
+                    _, metrics = self._measurement(self.parts.meter, architecture)
+            except MeasurementError as error:
+                logger.warning("a network that was only to be measured failed: %s", error)
+                continue
+            if metrics:
+                known.append((tokens, metrics))
+        if known:
+            controller.observe_metrics(known)
 
     def _evaluate(self, trials: Sequence[Trial], executor: Executor | None) -> list[Trial]:
         """Give every trial of a batch its result, transaction (b) for each; return them all."""
@@ -162,7 +192,7 @@ class Search:
         to_train: list[Trial] = []
         leaders: set[str] = set()
         for trial in open_trials:
-            if trial.architecture_hash in leaders or self._original(trial):
+            if trial.architecture_hash in leaders or self._original(trial.architecture_hash):
                 followers.append(trial)
             else:
                 leaders.add(trial.architecture_hash)
@@ -172,7 +202,7 @@ class Search:
             self._train(self._measure(to_train, executor), executor)
         self.watcher.phase("reuse", len(followers))
         for trial in followers:
-            original = self._original(trial)
+            original = self._original(trial.architecture_hash)
             if original is None:
                 # The one it waited for failed by the machine's fault: it does the work itself.
                 assert executor is not None  # its leader was open, too
@@ -191,19 +221,20 @@ class Search:
         for trial in trials:
             measured = self._measured(self.parts.meter, trial)
             self.watcher.advance()
-            if measured is not None:
+            if measured.outcome is None:
                 kept.append(measured)
+            else:
+                self._finish(measured)
         return kept
 
-    def _measured(self, meter: LatencyMeter, trial: Trial) -> Trial | None:
-        """The trial with its latency, or None: it failed or is rejected, and has its result."""
+    def _measured(self, meter: LatencyMeter, trial: Trial) -> Trial:
+        """The trial with its latency; with an outcome, if it failed or is rejected."""
         started = time.monotonic()
         try:
             measurement_id, metrics = self._measurement(meter, self._network(trial))
         except MeasurementError as error:
             failure = Failure(f"measuring failed: {error}", error.cause)
-            self._finish(replace(trial, outcome="failed", failure=failure))
-            return None
+            return replace(trial, outcome="failed", failure=failure)
         timings = {"measure_s": time.monotonic() - started}
         trial = replace(trial, metrics=metrics, measurement_ids=(measurement_id,), timings=timings)
         if self.objective.rejects(metrics):
@@ -212,8 +243,7 @@ class Search:
                 f"rejected before training: {metrics[LATENCY]:.4g} ms is above {limit:.4g} ms",
                 "architecture",
             )
-            self._finish(replace(trial, outcome="rejected", failure=failure))
-            return None
+            return replace(trial, outcome="rejected", failure=failure)
         return trial
 
     def _measurement(
@@ -258,21 +288,21 @@ class Search:
         if trial.measurement_ids:
             # What the device measured is never overwritten by what an evaluator says.
             metrics[LATENCY] = (trial.metrics or {})[LATENCY]
+        return self._rewarded(trial, evaluation.accuracy, metrics)
+
+    def _rewarded(self, trial: Trial, accuracy: float, metrics: Mapping[str, float]) -> Trial:
+        """The trial with its reward: completed, or failed if the figures give none."""
         cost = count(self._network(trial))
-        metrics.update(macs=float(cost.macs), parameters=float(cost.parameters))
+        metrics = {**metrics, "macs": float(cost.macs), "parameters": float(cost.parameters)}
         try:
-            reward, parts = self.objective.reward(evaluation.accuracy, metrics)
+            reward, parts = self.objective.reward(accuracy, metrics)
         except ValueError as error:
-            return replace(
-                trial,
-                outcome="failed",
-                metrics=metrics,
-                failure=Failure(f"no reward: {error}", "infrastructure"),
-            )
+            failure = Failure(f"no reward: {error}", "infrastructure")
+            return replace(trial, outcome="failed", metrics=metrics, failure=failure)
         return replace(
             trial,
             outcome="completed",
-            accuracy=evaluation.accuracy,
+            accuracy=accuracy,
             metrics=metrics,
             reward=reward,
             parts=parts,
@@ -300,17 +330,9 @@ class Search:
         trial = replace(trial, finished_at=time.time())
         if not self.store.finish_trial(trial):
             raise RuntimeError(f"trial {trial.id} already had a result: two writers?")
-        assert trial.outcome is not None  # it is finished
         self._batch[trial.id] = trial
-        self._counts["pending"] -= 1
-        self._counts[trial.outcome] += 1
-        self._training_s += (trial.timings or {}).get("train_s", 0.0)
-        if trial.outcome != "failed":
-            self._last_success = max(self._last_success, trial.id)
-        if trial.reward is not None and trial.reward > self._best[0]:
-            self._best = trial.reward, trial.id
+        self._tally.note(trial)
         if trial.failure is not None:
-            self._last_failure = trial.failure.reason
             logger.warning("trial %d %s: %s", trial.id, trial.outcome, trial.failure.reason)
             if trial.failure.detail:
                 logger.info("trial %d detail:\n%s", trial.id, trial.failure.detail)
@@ -320,11 +342,11 @@ class Search:
         """Transaction (c). The infrastructure's failures are withheld from the controller."""
         batch = trials[0].batch
         learned = [trial for trial in trials if not is_infrastructure(trial)]
-        controller.update([result_of(trial) for trial in learned])
+        learn(controller, learned)
         diagnostics = controller.diagnostics()
         self._note_time()
         self.store.commit_update(batch, [trial.id for trial in learned], diagnostics)
-        self._recent.append(repeats(trials))
+        self._tally.note_batch(trials)
         self.watcher.update(batch, diagnostics)
 
     # ------------------------------------------------------------------ resume and stop
@@ -334,14 +356,41 @@ class Search:
         controller = self.parts.controller(self.objective)
         snapshot = self.store.snapshot()
         if snapshot is None:
+            self._warm_start(controller)
             return controller
         batch, state = snapshot
         controller.load_state_dict(state_from_bytes(state))
         if self.store.has_update(batch):
             _, ids, _ = self.store.updates(last=1)[0]
             by_id = {trial.id: trial for trial in self.store.trials(batch=batch)}
-            controller.update([result_of(by_id[trial_id]) for trial_id in ids])
+            learn(controller, [by_id[trial_id] for trial_id in ids])
         return controller
+
+    def _warm_start(self, controller: Controller) -> None:
+        """Let the controller observe an earlier campaign's trials, as they are on this device."""
+        if self.config.warm_start is None:
+            return
+        if not self.store.trials(role="warm_start"):
+            carry_over(self.config, self.parts, self.store)
+        waiting = [t for t in self.store.trials(role="warm_start") if t.outcome is None]
+        self.watcher.phase("warm start", len(waiting))
+        # Ids of such trials count down: the earliest has the highest.
+        for trial in reversed(waiting):
+            self.store.finish_trial(replace(self._on_this_device(trial), finished_at=time.time()))
+            self.watcher.advance()
+        known = [t for t in self.store.trials(role="warm_start") if not is_infrastructure(t)]
+        controller.observe([result_of(trial) for trial in reversed(known)])
+
+    def _on_this_device(self, trial: Trial) -> Trial:
+        """An earlier campaign's trial with the latency and the reward that it has here."""
+        assert trial.accuracy is not None  # only completed ones are carried over
+        if self.parts.meter is None:
+            known = self.parts.evaluator.metrics(self._network(trial))
+            return self._rewarded(trial, trial.accuracy, {**(trial.metrics or {}), **known})
+        measured = self._measured(self.parts.meter, trial)
+        if measured.outcome is not None:
+            return measured
+        return self._rewarded(measured, trial.accuracy, measured.metrics or {})
 
     def _open_batch(self) -> list[Trial]:
         """The last batch, if the controller has not learned from it yet."""
@@ -356,58 +405,21 @@ class Search:
             self._networks[trial.id] = trial.network()
         return self._networks[trial.id]
 
-    def _original(self, trial: Trial) -> Trial | None:
-        """The earlier trial whose result an identical one takes, if there is one."""
-        return self.store.original(trial.architecture_hash, trial.epochs)
+    def _original(self, architecture_hash: str) -> Trial | None:
+        """The trial whose result identical networks take, if there is one."""
+        return self.store.original(architecture_hash, self.parts.epochs)
 
-    def _stop_reason(self) -> str | None:
-        stop, proposed, trained = self.config.stop, self._counts.total(), self._counts["completed"]
-        last = self._next_id - 1
-        since_best = last - self._best[1]
-        failed = last - self._last_success - self._counts["pending"]
-        # Limit, how far the search has come, what to say when it is reached.
-        rules: tuple[tuple[float | None, float, str], ...] = (
-            (stop.trials, proposed, f"all {proposed} trials are done"),
-            (stop.trained, trained, f"{trained} networks are trained"),
-            (stop.hours, self._spent() / 3600, f"{stop.hours} hours are over"),
-            (
-                stop.training_hours,
-                self._training_s / 3600,
-                f"{stop.training_hours} hours of training are spent",
-            ),
-            (
-                stop.no_improvement,
-                since_best,
-                f"no network of the last {since_best} trials was better than trial"
-                f" {self._best[1]}'s",
-            ),
-            (
-                stop.failed_in_a_row,
-                failed,
-                f"the last {failed} trials all failed: {self._last_failure}",
-            ),
-        )
-        for limit, reached, sentence in rules:
-            if limit is not None and reached >= limit:
-                return sentence
-        return self._repeats_itself()
-
-    def _repeats_itself(self) -> str | None:
-        if len(self._recent) < REPEATING_BATCHES:
-            return None
-        repeated, of = (sum(numbers) for numbers in zip(*self._recent, strict=True))
-        if repeated < REPEATING_SHARE * of:
-            return None
-        return (
-            f"{repeated} of the last {of} trials only repeated earlier networks: the"
-            " controller has settled"
-        )
-
-    def _spent(self) -> float:
-        return self._spent_s + time.monotonic() - self._started
+    def _end(self, controller: Controller, reason: str) -> None:
+        """Record why the search ended and which networks the controller would hand over."""
+        recommended = [
+            self._original(self.parts.space.decode(tokens).hash)
+            for tokens in controller.recommend(RECOMMENDED)
+        ]
+        self.store.set_meta("recommended", [t.id for t in recommended if t is not None])
+        self.store.set_meta("stop_reason", reason)
 
     def _note_time(self) -> None:
-        self.store.set_meta("spent_s", self._spent())
+        self.store.set_meta("spent_s", self._tally.spent_s())
 
     # ------------------------------------------------------------------ the target
 
@@ -436,9 +448,12 @@ class Search:
         return target_ms
 
 
-def repeats(trials: Sequence[Trial]) -> tuple[int, int]:
-    """How many of a batch's trials took an earlier network's result, and how many there are."""
-    return sum(trial.reused_from is not None for trial in trials), len(trials)
+def learn(controller: Controller, trials: Sequence[Trial]) -> None:
+    """Let the controller learn from finished trials: its own, and those drawn at random."""
+    controller.update([result_of(trial) for trial in trials if trial.role == "search"])
+    others = [result_of(trial) for trial in trials if trial.role != "search"]
+    if others:
+        controller.observe(others)
 
 
 def is_infrastructure(trial: Trial) -> bool:
@@ -448,10 +463,11 @@ def is_infrastructure(trial: Trial) -> bool:
 
 def result_of(trial: Trial) -> Result:
     """What the controller gets to see of a finished trial."""
-    assert trial.proposal_id is not None  # search trials come from a controller
     assert trial.outcome is not None  # a batch is learned from when all of it is done
+    # What is only observed was no proposal; its id means nothing.
+    proposal_id = trial.id if trial.proposal_id is None else trial.proposal_id
     return Result(
-        proposal=Proposal(trial.proposal_id, trial.tokens, trial.log_prob),
+        proposal=Proposal(proposal_id, trial.tokens, trial.log_prob),
         outcome=trial.outcome,
         reward=trial.reward,
         accuracy=trial.accuracy,

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from controller.base import Controller
 from controller.registry import make_controller
-from latency.device import LatencyMeter, make_meter
+from latency.device import LatencyMeter, OnnxRuntimeConfig, SshConfig, make_meter
 from retrain.data import class_names
 from search.config import (
     CampaignConfig,
@@ -35,14 +36,10 @@ class Parts:
 
     def __init__(self, config: CampaignConfig) -> None:
         self.config = config
-        self.space: SearchSpace = load_space(
-            config.space.name,
-            resolution=config.space.resolution,
-            classes=config.space.classes,
-            input_channels=config.space.input_channels,
-        )
+        self.space = campaign_space(config)
         self.meter: LatencyMeter | None = _make_meter(config)
-        self.epochs = make_evaluator(config.evaluator, threads=1).epochs
+        self.evaluator = make_evaluator(config.evaluator, threads=1)
+        self.epochs = self.evaluator.epochs
         self.reference = self._reference()
         self._check_data()
         self.controller(Objective(config.objective, config.objective.target_ms or 1.0))
@@ -96,9 +93,31 @@ class Parts:
             metrics_of=self._metrics_of,
         )
 
+    def full_meter(self) -> LatencyMeter | None:
+        """Return the meter for finalists, which never measures quickly."""
+        device = self.config.device
+        if isinstance(device, (OnnxRuntimeConfig, SshConfig)):
+            return make_meter(replace(device, effort="full"))
+        return self.meter
+
     def _metrics_of(self, tokens: tuple[int, ...]) -> Mapping[str, float]:
         cost = count(self.space.decode(tokens))
         return {"macs": float(cost.macs), "parameters": float(cost.parameters)}
+
+
+def campaign_space(config: CampaignConfig) -> SearchSpace:
+    """Return the space of a campaign.
+
+    Raises:
+        ConfigError: There is none of that name, or it does not take what is changed about it.
+    """
+    choice = config.space
+    return load_space(
+        choice.name,
+        resolution=choice.resolution,
+        classes=choice.classes,
+        input_channels=choice.input_channels,
+    )
 
 
 def _make_meter(config: CampaignConfig) -> LatencyMeter | None:

@@ -218,7 +218,7 @@ def _scan(store: Store) -> Scan:
     outcomes: Counter[str] = Counter()
     kinds: dict[tuple[str, str, str], Kind] = {}
     for row in store.figures():
-        if row.role != "search":
+        if row.id < 0:
             others.append(row.id)
         else:
             search.append(row.id)
@@ -277,7 +277,7 @@ def _choose(store: Store, scan: Scan, seed: int) -> Shown:
         )
     trials = store.trials_by_id(list(ids))
     measured = {key for trial in trials for key in trial.measurement_ids}
-    searched = [trial for trial in trials if trial.role == "search"]
+    searched = [trial for trial in trials if trial.id >= 0]
     return Shown(
         trials=trials,
         front=front.tolist(),

@@ -100,6 +100,10 @@ _RESULT_COLUMNS = (
     "measurement_ids", "timings", "failure", "finished_at",
 )  # fmt: skip
 _JSON_COLUMNS = frozenset({"tokens", "metrics", "parts", "measurement_ids", "timings", "failure"})
+#: The search's trials, which `stop.trials` counts: the controller's and the baseline's.
+_SEARCHED = "id >= 0"
+#: Whatever became of a trial, the machine is not to blame.
+_OWN_FAULT = "coalesce(json_extract(failure, '$.cause'), '') <> 'infrastructure'"
 _NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs"})
 
 #: Rows that one short read takes, and ids that one statement names.
@@ -200,7 +204,7 @@ class Store:
             )
 
     def add_trials(self, trials: Sequence[Trial]) -> None:
-        """Record trials that no controller proposed (finalists), before they are submitted."""
+        """Record trials that are not the search's, before they are evaluated."""
         with self._transaction():
             self._insert(trials)
 
@@ -348,65 +352,64 @@ class Store:
         row = self._db.execute("SELECT 1 FROM batch_update WHERE batch = ?", (batch,)).fetchone()
         return row is not None
 
-    def trials(
-        self, *, batch: int | None = None, role: str | None = None, best: int | None = None
-    ) -> list[Trial]:
-        """Return trials in order of id, or the `best` by reward (best first).
+    def trials(self, *, batch: int | None = None, role: str | None = None) -> list[Trial]:
+        """Return trials in order of id.
 
         Args:
             batch: Only this batch's.
-            role: Only this role's.
-            best: Only so many, those with the highest reward.
+            role: Only this role's; None takes all of the search's.
         """
-        conditions, values = ["1"], []
-        for name, value in (("batch", batch), ("role", role)):
-            if value is not None:
-                conditions.append(f"{name} = ?")
-                values.append(value)
-        order = "id"
-        if best is not None:
-            conditions.append("reward IS NOT NULL")
-            order = f"reward DESC, id LIMIT {int(best)}"
-        rows = self._db.execute(
-            f"SELECT {', '.join(_COLUMNS)} FROM trial WHERE {' AND '.join(conditions)}"
-            f" ORDER BY {order}",
-            values,
-        )
-        return [_trial(row) for row in rows]
+        conditions: dict[str, Any] = {_SEARCHED: None} if role is None else {"role = ?": role}
+        if batch is not None:
+            conditions["batch = ?"] = batch
+        values = [value for value in conditions.values() if value is not None]
+        return list(self._trials(f"WHERE {' AND '.join(conditions)} ORDER BY id", values))
+
+    def best(self, count: int) -> list[Trial]:
+        """Return the `count` different networks of the search with the highest reward, best first.
+
+        Of equal rewards, and of trials of one network, the earliest comes first.
+        """
+        chosen: dict[str, Trial] = {}
+        for trial in self._trials(
+            f"WHERE {_SEARCHED} AND reward IS NOT NULL ORDER BY reward DESC, id"
+        ):
+            chosen.setdefault(trial.architecture_hash, trial)
+            if len(chosen) == count:
+                break
+        return list(chosen.values())
 
     def open_trials(self) -> list[Trial]:
-        """Return the search trials without a result, in order of id."""
-        rows = self._db.execute(
-            f"SELECT {', '.join(_COLUMNS)} FROM trial WHERE role = 'search' AND outcome IS NULL"
-            " ORDER BY id"
-        )
-        return [_trial(row) for row in rows]
+        """Return the search's trials without a result, in order of id."""
+        return list(self._trials(f"WHERE {_SEARCHED} AND outcome IS NULL ORDER BY id"))
 
     def unlearned_trials(self) -> list[Trial]:
-        """Return the search trials whose results no update names, in the order they ended.
+        """Return the search's trials whose results no update names, in the order they ended.
 
         Failures of the machine are left out: no update ever names them.
         """
-        rows = self._db.execute(
-            f"SELECT {', '.join(_COLUMNS)} FROM trial WHERE role = 'search'"
-            " AND outcome IS NOT NULL"
-            " AND coalesce(json_extract(failure, '$.cause'), '') <> 'infrastructure'"
-            " AND id NOT IN (SELECT value FROM batch_update, json_each(batch_update.trial_ids))"
-            " ORDER BY finished_at, id"
+        return list(
+            self._trials(
+                f"WHERE {_SEARCHED} AND outcome IS NOT NULL AND {_OWN_FAULT}"
+                " AND id NOT IN"
+                " (SELECT value FROM batch_update, json_each(batch_update.trial_ids))"
+                " ORDER BY finished_at, id"
+            )
         )
-        return [_trial(row) for row in rows]
 
     def trial(self, trial_id: int) -> Trial | None:
         """Return one trial, or None."""
-        rows = self._db.execute(
-            f"SELECT {', '.join(_COLUMNS)} FROM trial WHERE id = ?", (trial_id,)
-        ).fetchall()
-        return _trial(rows[0]) if rows else None
+        return next(self._trials("WHERE id = ?", [trial_id]), None)
 
     def trials_by_id(self, ids: Sequence[int]) -> list[Trial]:
         """Return the trials with these ids, in order of id; unknown ids are left out."""
         rows = self._by_id(f"SELECT {', '.join(_COLUMNS)} FROM trial", sorted(ids))
         return [_trial(row) for row in rows]
+
+    def _trials(self, rest: str, values: Sequence[Any] = ()) -> Iterator[Trial]:
+        """The trials that the rest of a SELECT statement chooses, read as they are taken."""
+        rows = self._db.execute(f"SELECT {', '.join(_COLUMNS)} FROM trial {rest}", values)
+        return (_trial(row) for row in rows)
 
     def figures(self) -> Iterator[TrialFigures]:
         """Yield the figures of all trials in order of id, in many short reads.
@@ -428,31 +431,34 @@ class Store:
             last_id = rows[-1][0]
 
     def original(self, architecture_hash: str, epochs: float) -> Trial | None:
-        """Return the first search trial of a network at this fidelity with a result of its own.
+        """Return the first trial of a network at this fidelity with a result of its own.
+
+        Trials of an earlier campaign count; full trainings do not.
 
         Results that are the machine's fault don't count: such a network is evaluated again.
         """
-        rows = self._db.execute(
-            f"SELECT {', '.join(_COLUMNS)} FROM trial WHERE architecture_hash = ? AND epochs = ?"
-            " AND role = 'search' AND outcome IS NOT NULL AND reused_from IS NULL"
-            " AND coalesce(json_extract(failure, '$.cause'), '') <> 'infrastructure'"
-            " ORDER BY id LIMIT 1",
-            (architecture_hash, epochs),
-        ).fetchall()
-        return _trial(rows[0]) if rows else None
+        return next(
+            self._trials(
+                "WHERE architecture_hash = ? AND epochs = ? AND role <> 'finalist'"
+                f" AND outcome IS NOT NULL AND reused_from IS NULL AND {_OWN_FAULT}"
+                " ORDER BY id LIMIT 1",
+                (architecture_hash, epochs),
+            ),
+            None,
+        )
 
     def training_s(self) -> float:
         """Return the time of all the search's trainings, in seconds, summed over the workers."""
         row = self._db.execute(
             "SELECT coalesce(sum(json_extract(timings, '$.train_s')), 0) FROM trial"
-            " WHERE role = 'search' AND timings IS NOT NULL"
+            f" WHERE {_SEARCHED} AND timings IS NOT NULL"
         ).fetchone()
         return float(row[0])
 
     def last_success(self) -> int:
         """Return the highest id of a search trial that has a result and did not fail, or -1."""
         row = self._db.execute(
-            "SELECT coalesce(max(id), -1) FROM trial WHERE role = 'search'"
+            f"SELECT coalesce(max(id), -1) FROM trial WHERE {_SEARCHED}"
             " AND outcome IS NOT NULL AND outcome <> 'failed'"
         ).fetchone()
         return int(row[0])
@@ -461,28 +467,36 @@ class Store:
         """Return the reason of the search's last failure, or an empty string."""
         row = self._db.execute(
             "SELECT json_extract(failure, '$.reason') FROM trial"
-            " WHERE role = 'search' AND outcome = 'failed' ORDER BY id DESC LIMIT 1"
+            f" WHERE {_SEARCHED} AND outcome = 'failed' ORDER BY id DESC LIMIT 1"
         ).fetchone()
         return str(row[0]) if row else ""
 
     def counts(self) -> dict[str, int]:
         """Return outcome -> number of search trials; `pending` for those without a result."""
         rows = self._db.execute(
-            "SELECT coalesce(outcome, 'pending'), count(*) FROM trial WHERE role = 'search'"
-            " GROUP BY 1"
+            "SELECT coalesce(outcome, 'pending'), count(*) FROM trial"
+            f" WHERE {_SEARCHED} GROUP BY 1"
         )
         return dict(rows.fetchall())
+
+    def rewards(self) -> dict[str, tuple[int, float, float]]:
+        """Return role -> (number, highest, mean) of the rewards of the search's trials."""
+        rows = self._db.execute(
+            "SELECT role, count(*), max(reward), avg(reward) FROM trial"
+            f" WHERE {_SEARCHED} AND reward IS NOT NULL GROUP BY role"
+        )
+        return {role: (count, best, mean) for role, count, best, mean in rows}
 
     def next_ids(self) -> tuple[int, int]:
         """Return the next free (trial id, batch index) of the search."""
         row = self._db.execute(
             "SELECT coalesce(max(id), -1) + 1, coalesce(max(batch), -1) + 1 FROM trial"
-            " WHERE role = 'search'"
+            f" WHERE {_SEARCHED}"
         ).fetchone()
         return row[0], row[1]
 
-    def next_finalist_id(self) -> int:
-        """Return the next free id of a finalist; they count down from -1."""
+    def next_other_id(self) -> int:
+        """Return the next free id of a trial that is not the search's; they count down from -1."""
         row = self._db.execute("SELECT min(0, coalesce(min(id), 0)) - 1 FROM trial").fetchone()
         return int(row[0])
 

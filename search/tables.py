@@ -55,11 +55,12 @@ def campaign_summary(folder: Path, store: Store, config: CampaignConfig) -> dict
     """Return a campaign's state as plain JSON values.
 
     Keys: folder, name, state (`running`, `stopped` or `finished`), trials, trials_total, pending
-    and one count per outcome, target_ms, best (see `trial_summary`) or null, entropy (nats) or
-    null, spent_s, stop_reason, winner or null.
+    and one count per outcome, target_ms, best (see `trial_summary`) or null, recommended (ids of
+    the trials that the controller would hand over, best first), rewards (role -> number, highest,
+    mean), entropy (nats) or null, spent_s, stop_reason, winner or null.
     """
     counts = store.counts()
-    best = store.trials(role="search", best=1)
+    best = store.best(1)
     updates = store.updates(last=1)
     reason = store.meta("stop_reason")
     proposed = sum(counts.values())
@@ -75,6 +76,11 @@ def campaign_summary(folder: Path, store: Store, config: CampaignConfig) -> dict
         **{f"trials_{outcome}": counts.get(outcome, 0) for outcome in outcomes},
         "target_ms": store.meta("target_ms"),
         "best": trial_summary(best[0]) if best else None,
+        "recommended": store.meta("recommended", []),
+        "rewards": {
+            role: dict(zip(("number", "highest", "mean"), figures, strict=True))
+            for role, figures in store.rewards().items()
+        },
         "entropy": updates[-1][2].get("entropy") if updates else None,
         "spent_s": store.meta("spent_s", 0.0),
         "stop_reason": reason,
@@ -144,6 +150,20 @@ def campaign_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
                 f" {best['accuracy']:.4f}, {best['latency_ms']:.3f} ms",
             )
         )
+    baseline = summary["rewards"].get("baseline")
+    if baseline is not None and "search" in summary["rewards"]:
+        own = summary["rewards"]["search"]
+        lines.append(
+            (
+                "baseline",
+                f"{baseline['number']:,} random trials: highest reward {baseline['highest']:.4f},"
+                f" mean {baseline['mean']:.4f}; the controller's {own['number']:,}:"
+                f" {own['highest']:.4f}, {own['mean']:.4f}",
+            )
+        )
+    if summary["recommended"]:
+        first = ", ".join(str(trial_id) for trial_id in summary["recommended"][:3])
+        lines.append(("recommends", f"trial {first}: what the controller would hand over"))
     if summary["stop_reason"]:
         lines.append(("ended", summary["stop_reason"]))
     winner = summary["winner"]

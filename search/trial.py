@@ -9,7 +9,7 @@ from space.architecture import Architecture, parse_architecture
 from space.errors import FailureCause
 from space.records import record
 
-Role = Literal["search", "baseline", "finalist"]
+Role = Literal["search", "baseline", "warm_start", "finalist"]
 
 
 @record
@@ -57,10 +57,12 @@ class Trial:
     """One row of a campaign.
 
     Attributes:
-        id: Counts the proposals from 0; finalists count down from -1, so that an extended search
-            goes on as if it had never stopped.
-        batch: Index of the batch; -1 for finalists.
-        role: `search`: proposed by the controller; `finalist`: fully retrained after the search.
+        id: Counts the search's trials from 0; all others count down from -1, so that an extended
+            search goes on as if it had never stopped.
+        batch: Index of the batch; -1 for trials that are not the search's.
+        role: `search`: proposed by the controller; `baseline`: drawn at random in its place, to be
+            compared with; `warm_start`: an earlier campaign's; `finalist`: fully retrained after
+            the search.
         proposal_id: The controller's number for it; None unless role is `search`.
         tokens: One choice index per decision.
         log_prob: Natural logarithm of the probability under the policy that drew it.

@@ -76,7 +76,8 @@ def test_sigterm_ends_a_campaign_as_ctrl_c_does(tmp_path: Path) -> None:
 
 
 def test_status_works_from_another_process_while_the_search_runs(tmp_path: Path) -> None:
-    config = write_synthetic(tmp_path, trials=TRIALS, seconds=0.1)
+    # Slow enough that it still runs while the two other processes start.
+    config = write_synthetic(tmp_path, trials=TRIALS, seconds=1.0)
     folder = tmp_path / "run"
     process = start_mnas("search", str(config), "--out", str(folder))
     try:

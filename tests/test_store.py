@@ -87,9 +87,9 @@ def test_only_good_measurements_are_found_again_and_only_for_their_device(store:
 
 def test_finalists_count_down_and_leave_the_searchs_numbers_alone(store: Store) -> None:
     store.begin_batch([make_trial(0), make_trial(1)], b"")
-    assert store.next_finalist_id() == -1
+    assert store.next_other_id() == -1
     store.add_trials([replace(make_trial(-1, -1), role="finalist", finalist_of=1)])
-    assert store.next_finalist_id() == -2
+    assert store.next_other_id() == -2
     assert store.next_ids() == (2, 1)
     assert [trial.finalist_of for trial in store.trials(role="finalist")] == [1]
 
