@@ -10,6 +10,7 @@ Callers' programming mistakes are plain ValueError and TypeError.
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 FailureCause = Literal["architecture", "infrastructure"]
@@ -20,7 +21,12 @@ class MnasError(Exception):
 
 
 class ConfigError(MnasError, ValueError):
-    """One sentence: where, rule, what was given, remedy."""
+    """One sentence: where, rule, what was given, remedy. Words of hundreds of letters are cut."""
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(
+            re.sub(r"\S{300,}", lambda word: f"{word[0][:60]}...{word[0][-1]}", sentence)
+        )
 
 
 class MeasurementError(MnasError):

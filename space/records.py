@@ -229,15 +229,16 @@ def find_config(name_or_path: str, room: str, *, relative_to: Path | None = None
     if relative_to is not None:
         candidates.append(relative_to / name_or_path)
     for candidate in candidates:
-        if candidate.is_file():
+        if os.path.isfile(candidate):  # False for a name that is too long, where Path raises
             return candidate
     shipped = shipped_names(room)
     name = Path(name_or_path).name.removesuffix(".yaml")
     is_name = name_or_path in (name, f"{name}.yaml", f"configs/{room}/{name}.yaml")
     if is_name and name in shipped:
         return Path(str(importlib.resources.files("configs") / room / f"{name}.yaml"))
-    hint = did_you_mean(name, shipped) or f"; shipped are {', '.join(shipped)}"
-    raise ConfigError(f"{name_or_path}: no such file or shipped {room} configuration{hint}.")
+    hint = did_you_mean(name, shipped) or f"; shipped are {', '.join(shipped)}."
+    shown = name_or_path or "''"
+    raise ConfigError(f"{shown}: no such file or shipped {room} configuration{hint}")
 
 
 # ---------------------------------------------------------------------------- records
