@@ -10,6 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +19,7 @@ from pydantic import Discriminator, Field, Tag
 from controller.registry import ControllerConfig
 from latency.device import DeviceConfig
 from retrain.config import Recipe
+from search.accel_nasbench import AccelNasBenchConfig, resolve
 from search.objective import ObjectiveConfig
 from space.errors import ConfigError
 from space.records import (
@@ -112,8 +114,11 @@ class RayConfig:
     """Trials are evaluated by Ray workers, one process each.
 
     Attributes:
-        workers: Number of workers; None takes as many as the cluster's CPUs allow.
+        workers: Number of workers; None takes as many as the cluster's CPUs (and NPUs) allow, more
+            when nodes join.
         threads: CPU threads (Ray CPUs) of a worker.
+        npus: Ascend NPUs of a worker, 0 or 1. Ray gives each worker one of its own and shows it
+            no other (ASCEND_RT_VISIBLE_DEVICES).
         address: A cluster to join, `auto` for one on this machine; None starts a local one.
         trials_per_process: A worker's process is replaced after so many trials, since MindSpore
             does not give all memory back.
@@ -125,6 +130,7 @@ class RayConfig:
     name: Literal["ray"]
     workers: int | None = None
     threads: int = 1
+    npus: int = 0
     address: str | None = None
     trials_per_process: int = 16
     max_memory_mb: int = 3000
@@ -137,6 +143,8 @@ class RayConfig:
         for name in ("threads", "trials_per_process", "max_memory_mb"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, but got {getattr(self, name)}")
+        if self.npus not in (0, 1):
+            raise ValueError(f"npus must be 0 or 1, but got {self.npus}")
         if self.time_limit_s <= 0:
             raise ValueError(f"time_limit_s must be > 0, but got {self.time_limit_s!r}")
         if self.retries < 0:
@@ -227,7 +235,8 @@ DeviceChoice = Annotated[
     Discriminator(_device_kind),
 ]
 EvaluatorChoice = Annotated[
-    TrainEvaluatorConfig | SyntheticEvaluatorConfig | PluginConfig, Field(discriminator="name")
+    TrainEvaluatorConfig | SyntheticEvaluatorConfig | AccelNasBenchConfig | PluginConfig,
+    Field(discriminator="name"),
 ]
 ExecutorChoice = Annotated[SerialConfig | RayConfig, Field(discriminator="name")]
 
@@ -301,6 +310,7 @@ RESUMABLE = (
     "executor.retries",
     "executor.trials_per_process",
     "executor.max_memory_mb",
+    "evaluator.data",
     "evaluator.recipe.data.path",
     "retrain.recipe.data.path",
     "retrain.threads",
@@ -334,7 +344,10 @@ def campaign_config(values: dict[str, Any], *, where: str, folder: Path) -> Camp
         resolved[key] = _plugin_keys(resolved.get(key), f"{where}: {key}")
         if resolved[key] is None:
             del resolved[key]
-    return build(CampaignConfig, resolved, where=where)
+    config = build(CampaignConfig, resolved, where=where)
+    if isinstance(config.evaluator, AccelNasBenchConfig):
+        return replace(config, evaluator=resolve(config.evaluator))
+    return config
 
 
 def _resolve_names(values: dict[str, Any], folder: Path) -> dict[str, Any]:

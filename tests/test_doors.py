@@ -13,11 +13,16 @@ ROOT = Path(__file__).parents[1]
 ROOMS = ("space", "controller", "latency", "retrain", "search")
 
 DOORS = {
-    "mindspore": {"space/network.py", "space/depthwise.py", "retrain/"},
+    "mindspore": {"space/network.py", "space/depthwise.py", "latency/ascend.py", "retrain/"},
     "onnx": {"space/onnx_graph.py"},
-    "onnxruntime": {"latency/onnxruntime_device.py", "latency/runner.py", "retrain/export.py"},
+    "onnxruntime": {
+        "latency/int8.py",
+        "latency/onnxruntime_device.py",
+        "latency/runner.py",
+        "retrain/export.py",
+    },
     "numba": {"space/depthwise.py"},
-    "ray": {"search/executor.py"},
+    "ray": {"search/ray_executor.py"},
     "torch": {"retrain/weight_files.py"},
     "yaml": {"space/records.py"},
 }

@@ -1,0 +1,169 @@
+"""Ray clusters of several nodes, simulated on this machine, whose nodes and workers are killed."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from campaigns import mnas, rows, start_mnas, wait_for_results, write_synthetic
+
+from search.config import PluginConfig, RayConfig, load_campaign_config
+from search.engine import start
+from search.executor import Finished, Job
+from search.ray_executor import RayExecutor
+from search.store import Store
+from space.mnasnet import find_architecture
+
+pytestmark = pytest.mark.slow
+
+SLOWLY = ["evaluator.seconds=0.1", "evaluator.slowest_seconds=0.5"]
+
+
+@pytest.fixture
+def cluster() -> Iterator[Any]:
+    """A cluster whose head has no CPUs, so that every worker is on a node that may die."""
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    yield made
+    made.shutdown()
+
+
+def executor(cluster: Any, **settings: Any) -> str:
+    """The override that runs a campaign on the cluster."""
+    made = {"name": "ray", "address": cluster.address, "retries": 20, **settings}
+    return "executor={" + ", ".join(f"{key}: {value}" for key, value in made.items()) + "}"
+
+
+def quiet_rows(folder: Path, config: Path) -> list[dict[str, Any]]:
+    """The rows of the same campaign without a cluster, instant and undisturbed."""
+    start(load_campaign_config(str(config)), folder / "quiet")
+    return rows(folder / "quiet")
+
+
+def finish(process: subprocess.Popen[str], timeout_s: float = 150) -> None:
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    assert process.returncode == 0, output
+
+
+def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
+def workers() -> list[psutil.Process]:
+    """The processes of campaign workers on this machine."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or [""]
+        if command[0].startswith("ray::Worker"):
+            found.append(process)
+    return found
+
+
+@pytest.mark.timeout(600)
+def test_a_campaign_outlives_a_node_and_takes_in_a_new_one(tmp_path: Path, cluster: Any) -> None:
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
+    config = write_synthetic(tmp_path, trials=96)
+    expected = quiet_rows(tmp_path, config)
+    folder = tmp_path / "run"
+    process = start_mnas("search", str(config), executor(cluster), *SLOWLY, "--out", str(folder))
+    try:
+        wait_for_results(folder, 16)
+        cluster.remove_node(nodes[0], allow_graceful=False)
+        wait_for_results(folder, 40)
+        cluster.add_node(num_cpus=2)
+        finish(process)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert rows(folder) == expected
+    assert "a worker waits for another one" in (folder / "campaign.log").read_text()
+
+
+def test_workers_follow_the_nodes_of_the_cluster(cluster: Any) -> None:
+    node = cluster.add_node(num_cpus=1)
+    config = RayConfig("ray", address=cluster.address)
+    evaluator = load_campaign_config("digits", ["evaluator={name: synthetic}"]).evaluator
+    made = RayExecutor(config, evaluator)
+    try:
+        until(lambda: not made.wait(0.1) and made.capacity == 1)
+        cluster.add_node(num_cpus=2)
+        until(lambda: not made.wait(0.1) and made.capacity == 3)
+        cluster.remove_node(node, allow_graceful=False)
+        until(lambda: not made.wait(0.1) and made.capacity == 2)
+        made.submit(Job(0, find_architecture("mnasnet-small"), 1))
+        found: list[Finished] = []
+        until(lambda: bool(found.extend(made.wait(1.0)) or found))
+        assert found[0].evaluation is not None
+    finally:
+        made.close()
+
+
+def test_each_worker_sees_one_npu_of_its_own(cluster: Any) -> None:
+    # Stand-ins for NPUs: Ray hands out what the node says it has.
+    cluster.add_node(num_cpus=4, resources={"NPU": 2})
+    evaluator = PluginConfig("plugin", "plugin_parts:NpuEvaluator", {})
+    made = RayExecutor(RayConfig("ray", address=cluster.address, npus=1), evaluator)
+    try:
+        for trial_id in range(8):
+            made.submit(Job(trial_id, find_architecture("mnasnet-small"), 1))
+        found: list[Finished] = []
+        until(lambda: len(found.extend(made.wait(1.0)) or found) == 8)
+        assert made.capacity == 2
+        seen = {end.evaluation.metrics["npu"] for end in found if end.evaluation is not None}
+        assert seen == {0.0, 1.0}
+    finally:
+        made.close()
+
+
+@pytest.mark.timeout(900)  # 3 to 4 minutes on a quiet machine
+def test_chaos_changes_nothing(tmp_path: Path, cluster: Any) -> None:
+    """22 workers, 4 nodes and 4 drivers are killed at random moments of 300 trials."""
+    rng = np.random.default_rng(20)
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
+    config = write_synthetic(tmp_path, trials=300)
+    expected = quiet_rows(tmp_path, config)
+    folder = tmp_path / "run"
+    events = rng.permutation(["worker"] * 22 + ["node"] * 4 + ["driver"] * 4)
+    process = start_mnas("search", str(config), executor(cluster), *SLOWLY, "--out", str(folder))
+    try:
+        for number, event in enumerate(events, 1):
+            wait_for_results(folder, 9 * number)
+            if event == "worker":
+                until(lambda: bool(workers()))
+                with contextlib.suppress(psutil.NoSuchProcess, IndexError):
+                    alive = workers()
+                    alive[rng.integers(len(alive))].kill()
+            elif event == "node":
+                cluster.remove_node(nodes.pop(0), allow_graceful=False)
+                nodes.append(cluster.add_node(num_cpus=1))
+            else:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.communicate(timeout=10)
+                process = start_mnas("resume", str(folder))
+        finish(process)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert rows(folder) == expected
+    store = Store(folder / "campaign.db", read_only=True)
+    assert [trial.id for trial in store.trials()] == list(range(300))
+    until(lambda: not workers())
+    status = mnas("status", str(folder))
+    assert "finished" in status.stdout
