@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 FAST_LIMIT := 1200
 ALL_LIMIT := 3600
 
-.PHONY: demo test test-all parity check format install install-dev clean
+.PHONY: demo test test-all parity chaos check format install install-dev clean
 
 # The stamps say for which dependencies the environment was made: a second call reuses it.
 $(VENV)/installed: setup.cfg pyproject.toml
@@ -40,14 +40,18 @@ check: $(VENV)/installed-dev
 	$(BIN)/lint-imports --no-cache
 
 test: check
-	timeout $(FAST_LIMIT) $(BIN)/python -m pytest -m "not slow and not parity"
+	timeout $(FAST_LIMIT) $(BIN)/python -m pytest -m "not slow and not parity and not chaos"
 
 test-all: check
-	timeout $(ALL_LIMIT) $(BIN)/python -m pytest
+	timeout $(ALL_LIMIT) $(BIN)/python -m pytest -m "not parity and not chaos"
 
 # Converted networks beside timm's, torchvision's and MindCV's own; prints the differences.
 parity: $(VENV)/installed-parity
 	timeout $(FAST_LIMIT) $(BIN)/python -m pytest -m parity -rP tests/test_parity.py
+
+# 100 kills of workers, nodes and drivers while MindSpore children train.
+chaos: $(VENV)/installed-dev
+	timeout 5400 $(BIN)/python -m pytest -m chaos tests/test_cluster.py
 
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format .

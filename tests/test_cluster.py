@@ -23,8 +23,6 @@ from search.ray_executor import RayExecutor
 from search.store import Store
 from space.mnasnet import find_architecture
 
-pytestmark = pytest.mark.slow
-
 SLOWLY = ["evaluator.seconds=0.1", "evaluator.slowest_seconds=0.5"]
 
 
@@ -76,6 +74,7 @@ def workers() -> list[psutil.Process]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_campaign_outlives_a_node_and_takes_in_a_new_one(tmp_path: Path, cluster: Any) -> None:
     nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
@@ -96,6 +95,7 @@ def test_a_campaign_outlives_a_node_and_takes_in_a_new_one(tmp_path: Path, clust
     assert "a worker waits for another one" in (folder / "campaign.log").read_text()
 
 
+@pytest.mark.slow
 def test_workers_follow_the_nodes_of_the_cluster(cluster: Any) -> None:
     node = cluster.add_node(num_cpus=1)
     config = RayConfig("ray", address=cluster.address)
@@ -115,6 +115,7 @@ def test_workers_follow_the_nodes_of_the_cluster(cluster: Any) -> None:
         made.close()
 
 
+@pytest.mark.slow
 def test_each_worker_sees_one_npu_of_its_own(cluster: Any) -> None:
     # Stand-ins for NPUs: Ray hands out what the node says it has.
     cluster.add_node(num_cpus=4, resources={"NPU": 2})
@@ -132,38 +133,70 @@ def test_each_worker_sees_one_npu_of_its_own(cluster: Any) -> None:
         made.close()
 
 
+class Monkey:
+    """Kills workers, nodes and drivers of a campaign at random moments, and resumes it."""
+
+    def __init__(self, cluster: Any, folder: Path, seed: int) -> None:
+        self._cluster = cluster
+        self._folder = folder
+        self._rng = np.random.default_rng(seed)
+        self._nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
+
+    def run(self, arguments: list[str], kills: dict[str, int], results_between: int) -> None:
+        """Start the campaign, kill what `kills` says, and see it end well."""
+        events = self._rng.permutation([kind for kind, n in kills.items() for _ in range(n)])
+        process = start_mnas(*arguments)
+        try:
+            for number, event in enumerate(events, 1):
+                wait_for_results(self._folder, results_between * number, timeout_s=240)
+                if event == "driver":
+                    os.killpg(process.pid, signal.SIGKILL)
+                    process.communicate(timeout=10)
+                    process = start_mnas("resume", str(self._folder))
+                else:
+                    self._kill_worker() if event == "worker" else self._kill_node()
+            finish(process)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+        until(lambda: not workers())
+
+    def _kill_worker(self) -> None:
+        until(lambda: bool(workers()))
+        with contextlib.suppress(psutil.NoSuchProcess, ValueError):
+            self._rng.choice(np.array(workers())).kill()
+
+    def _kill_node(self) -> None:
+        self._cluster.remove_node(self._nodes.pop(0), allow_graceful=False)
+        self._nodes.append(self._cluster.add_node(num_cpus=1))
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(900)  # 3 to 4 minutes on a quiet machine
 def test_chaos_changes_nothing(tmp_path: Path, cluster: Any) -> None:
-    """22 workers, 4 nodes and 4 drivers are killed at random moments of 300 trials."""
-    rng = np.random.default_rng(20)
-    nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
     config = write_synthetic(tmp_path, trials=300)
     expected = quiet_rows(tmp_path, config)
     folder = tmp_path / "run"
-    events = rng.permutation(["worker"] * 22 + ["node"] * 4 + ["driver"] * 4)
-    process = start_mnas("search", str(config), executor(cluster), *SLOWLY, "--out", str(folder))
-    try:
-        for number, event in enumerate(events, 1):
-            wait_for_results(folder, 9 * number)
-            if event == "worker":
-                until(lambda: bool(workers()))
-                with contextlib.suppress(psutil.NoSuchProcess, IndexError):
-                    alive = workers()
-                    alive[rng.integers(len(alive))].kill()
-            elif event == "node":
-                cluster.remove_node(nodes.pop(0), allow_graceful=False)
-                nodes.append(cluster.add_node(num_cpus=1))
-            else:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.communicate(timeout=10)
-                process = start_mnas("resume", str(folder))
-        finish(process)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+    arguments = ["search", str(config), executor(cluster), *SLOWLY, "--out", str(folder)]
+    kills = {"worker": 22, "node": 4, "driver": 4}
+    Monkey(cluster, folder, seed=20).run(arguments, kills, results_between=9)
     assert rows(folder) == expected
+    assert [row["id"] for row in rows(folder)] == list(range(300))
+    assert "finished" in mnas("status", str(folder)).stdout
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(5400)
+def test_100_kills_with_mindspore_children_lose_no_trial(tmp_path: Path, cluster: Any) -> None:
+    folder = tmp_path / "run"
+    arguments = [
+        "search", "digits", executor(cluster), "controller={name: random}", "retrain=null",
+        "device=null", "objective={name: soft, target_ms: 1.0}", "stop.trials=210",
+        "evaluator={class: plugin_parts:OneEpoch, options: {}}", "--out", str(folder),
+    ]  # fmt: skip
+    kills = {"worker": 80, "node": 10, "driver": 10}
+    Monkey(cluster, folder, seed=21).run(arguments, kills, results_between=2)
     store = Store(folder / "campaign.db", read_only=True)
-    assert [trial.id for trial in store.trials()] == list(range(300))
-    until(lambda: not workers())
-    status = mnas("status", str(folder))
-    assert "finished" in status.stdout
+    trials = store.trials()
+    assert [trial.id for trial in trials] == list(range(210))
+    assert {trial.outcome for trial in trials} <= {"completed", "reused"}
