@@ -85,10 +85,10 @@ class AsyncSearch(Search):
         if trial.architecture_hash in self._followers:
             self._followers[trial.architecture_hash].append(trial)
             return
-        if self.parts.meter is not None:
-            trial = self._measured(self.parts.meter, trial)
-        if trial.outcome is not None:
-            self._finish(trial)
+        trial = self._sized(trial)
+        if trial.outcome is None:
+            (trial,) = self._measured([trial])
+        if not self._goes_on(trial):
             return
         started = replace(trial, attempt=trial.attempt + 1)
         self.store.start_attempts([started])

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from search.campaign import Campaign
 from search.loop import FULL_TRAINING, trial_seed
-from search.objective import LATENCY, Objective
+from search.objective import Objective
 from search.pareto import best_networks
 from search.parts import Parts
 from search.store import Store
@@ -105,7 +105,7 @@ class HandOver:
         self._campaign = campaign
         self._config = campaign.config.retrain
         self._store = campaign.store
-        self._meter = parts.full_meter()
+        self._latencies = parts.latencies(campaign.store, full=True)
         self._objective = objective
         self._watcher = watcher
         self._top = top
@@ -177,15 +177,11 @@ class HandOver:
 
     def _measured(self, finalist: Trial) -> Trial:
         """The finalist with a latency of its own, measured anew where there is a device."""
-        if self._meter is None:
-            return finalist
-        self._watcher.line(f"measuring trial {finalist.finalist_of}'s network anew")
-        measurement = self._meter.measure(finalist.network())
-        metrics = {
-            **(finalist.metrics or {}), LATENCY: measurement.median_ms, **measurement.metrics
-        }  # fmt: skip
-        ids = (self._store.add_measurement(measurement),)
-        return replace(finalist, metrics=metrics, measurement_ids=ids)
+        ((_, figures),) = self._latencies.measure([finalist.network()], anew=True)
+        if isinstance(figures, MeasurementError):
+            raise figures
+        metrics = {**(finalist.metrics or {}), **figures.metrics}
+        return replace(finalist, metrics=metrics, measurement_ids=figures.measurement_ids)
 
     def folder(self, trial_id: int) -> Path:
         """Where the full training of a search trial's network is."""

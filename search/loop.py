@@ -12,23 +12,21 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
 from controller.base import Controller, Proposal, Result, state_from_bytes, state_to_bytes
-from latency.device import LatencyMeter
-from latency.measurement import fingerprint
 from search.campaign import Campaign
 from search.executor import Executor, Finished, Job, make_executor
-from search.objective import LATENCY, Objective
+from search.objective import Objective
 from search.parts import Parts
 from search.stop import Tally
 from search.trial import Failure, Trial
 from search.warm_start import carry_over
-from space.architecture import Architecture, graph_hash
+from space.architecture import Architecture
 from space.cost import count
 from space.errors import ConfigError, MeasurementError
 from space.tokens import uniform_tokens
@@ -88,7 +86,8 @@ class Search:
         self.store = campaign.store
         self.watcher = watcher
         self.parts = parts
-        self.objective = Objective(self.config.objective, self._target_ms())
+        self.latencies = parts.latencies(self.store)
+        self.objective = Objective(self.config.objective, self.latencies.target_ms)
         self._tally = Tally(self.config.stop, self.store)
         self._batch: dict[int, Trial] = {}
         self._networks: dict[int, Architecture] = {}
@@ -168,19 +167,13 @@ class Search:
 
     def _probe(self, controller: Controller, count: int) -> None:
         """Tell the controller the metrics that it asks for before it proposes."""
+        wanted = {self.parts.space.decode(tokens): tokens for tokens in controller.probe(count)}
         known = []
-        for tokens in controller.probe(count):
-            architecture = self.parts.space.decode(tokens)
-            try:
-                if self.parts.meter is None:
-                    metrics = self.parts.evaluator.metrics(architecture)
-                else:
-                    _, metrics = self._measurement(self.parts.meter, architecture)
-            except MeasurementError as error:
-                logger.warning("a network that was only to be measured failed: %s", error)
-                continue
-            if metrics:
-                known.append((tokens, metrics))
+        for network, figures in self.latencies.measure(wanted):
+            if isinstance(figures, MeasurementError):
+                logger.warning("a network that was only to be measured failed: %s", figures)
+            elif figures.metrics:
+                known.append((wanted[network], figures.metrics))
         if known:
             controller.observe_metrics(known)
 
@@ -213,52 +206,60 @@ class Search:
 
     def _measure(self, trials: Sequence[Trial], executor: Executor) -> list[Trial]:
         """Return the trials to train: measured, if there is a device, and not rejected."""
-        if self.parts.meter is None:
-            return list(trials)
-        executor.quiesce()
-        self.watcher.phase("measure", len(trials))
-        kept = []
-        for trial in trials:
-            measured = self._measured(self.parts.meter, trial)
-            self.watcher.advance()
-            if measured.outcome is None:
-                kept.append(measured)
-            else:
-                self._finish(measured)
-        return kept
+        kept = [trial for trial in map(self._sized, trials) if self._goes_on(trial)]
+        if self.parts.meters:
+            executor.quiesce()
+            self.watcher.phase("measure", len(kept))
+        measured = []
+        for trial in self._measured(kept):
+            if self.parts.meters:
+                self.watcher.advance()
+            if self._goes_on(trial):
+                measured.append(trial)
+        return sorted(measured, key=lambda trial: trial.id)
 
-    def _measured(self, meter: LatencyMeter, trial: Trial) -> Trial:
-        """The trial with its latency; with an outcome, if it failed or is rejected."""
-        started = time.monotonic()
-        try:
-            measurement_id, metrics = self._measurement(meter, self._network(trial))
-        except MeasurementError as error:
-            failure = Failure(f"measuring failed: {error}", error.cause)
-            return replace(trial, outcome="failed", failure=failure)
-        timings = {"measure_s": time.monotonic() - started}
-        trial = replace(trial, metrics=metrics, measurement_ids=(measurement_id,), timings=timings)
-        if self.objective.rejects(metrics):
-            limit = self.objective.reject_above_ms
-            failure = Failure(
-                f"rejected before training: {metrics[LATENCY]:.4g} ms is above {limit:.4g} ms",
-                "architecture",
+    def _goes_on(self, trial: Trial) -> bool:
+        """Whether a trial has no outcome yet; one that has is recorded."""
+        if trial.outcome is not None:
+            self._finish(trial)
+        return trial.outcome is None
+
+    def _sized(self, trial: Trial) -> Trial:
+        """The trial with its multiply-adds and parameters; rejected if they are too many."""
+        cost = count(self._network(trial))
+        sizes = {"macs": float(cost.macs), "parameters": float(cost.parameters)}
+        return self._checked(replace(trial, metrics={**(trial.metrics or {}), **sizes}))
+
+    def _checked(self, trial: Trial) -> Trial:
+        """The trial; rejected, if what is known of it rules it out."""
+        reason = self.objective.rejects(trial.metrics or {})
+        if reason is None:
+            return trial
+        failure = Failure(f"rejected before training: {reason}", "architecture")
+        return replace(trial, outcome="rejected", failure=failure)
+
+    def _measured(self, trials: Sequence[Trial]) -> Iterator[Trial]:
+        """The trials with their latencies; with an outcome, if they failed or are rejected."""
+        by_hash = {trial.architecture_hash: trial for trial in trials}
+        for network, figures in self.latencies.measure([self._network(t) for t in trials]):
+            trial = by_hash[network.hash]
+            if isinstance(figures, MeasurementError):
+                failure = Failure(f"measuring failed: {figures}", figures.cause)
+                yield replace(trial, outcome="failed", failure=failure)
+                continue
+            metrics = {**(trial.metrics or {}), **figures.metrics}
+            unknown = sorted(set(self.objective.caps) - set(metrics))
+            if unknown:
+                raise ConfigError(
+                    f"objective.caps: the device does not measure {unknown[0]}; peak memory needs"
+                    " device.own_process=true."
+                )
+            ids, timings = figures.measurement_ids, {"measure_s": figures.seconds}
+            yield self._checked(
+                replace(
+                    trial, metrics=metrics, measurement_ids=ids, timings=timings if ids else None
+                )
             )
-            return replace(trial, outcome="rejected", failure=failure)
-        return trial
-
-    def _measurement(
-        self, meter: LatencyMeter, architecture: Architecture
-    ) -> tuple[int, dict[str, float]]:
-        """A network's measurement from the cache or the device: its row's id and its metrics."""
-        found = self.store.find_measurement(
-            graph_hash(architecture), fingerprint(meter.identity())
-        )
-        if found is None:
-            measurement = meter.measure(architecture)
-            measurement_id = self.store.add_measurement(measurement)
-        else:
-            measurement_id, measurement = found
-        return measurement_id, {LATENCY: measurement.median_ms, **measurement.metrics}
 
     def _train(self, trials: Sequence[Trial], executor: Executor) -> None:
         if not trials:
@@ -283,17 +284,17 @@ class Search:
         trial = replace(trial, attempt=trial.attempt + finished.attempts - 1, timings=timings)
         if finished.evaluation is None:
             return replace(trial, outcome="failed", failure=finished.failure)
-        evaluation = finished.evaluation
-        metrics = {**(trial.metrics or {}), **evaluation.metrics}
-        if trial.measurement_ids:
-            # What the device measured is never overwritten by what an evaluator says.
-            metrics[LATENCY] = (trial.metrics or {})[LATENCY]
+        evaluation, known = finished.evaluation, trial.metrics or {}
+        # What a device measured is never overwritten by what an evaluator says.
+        metrics = (
+            {**evaluation.metrics, **known} if trial.measurement_ids else
+            {**known, **evaluation.metrics}
+        )  # fmt: skip
         return self._rewarded(trial, evaluation.accuracy, metrics)
 
     def _rewarded(self, trial: Trial, accuracy: float, metrics: Mapping[str, float]) -> Trial:
         """The trial with its reward: completed, or failed if the figures give none."""
-        cost = count(self._network(trial))
-        metrics = {**metrics, "macs": float(cost.macs), "parameters": float(cost.parameters)}
+        metrics = dict(metrics)
         try:
             reward, parts = self.objective.reward(accuracy, metrics)
         except ValueError as error:
@@ -384,10 +385,7 @@ class Search:
     def _on_this_device(self, trial: Trial) -> Trial:
         """An earlier campaign's trial with the latency and the reward that it has here."""
         assert trial.accuracy is not None  # only completed ones are carried over
-        if self.parts.meter is None:
-            known = self.parts.evaluator.metrics(self._network(trial))
-            return self._rewarded(trial, trial.accuracy, {**(trial.metrics or {}), **known})
-        measured = self._measured(self.parts.meter, trial)
+        (measured,) = self._measured([self._sized(trial)])
         if measured.outcome is not None:
             return measured
         return self._rewarded(measured, trial.accuracy, measured.metrics or {})
@@ -420,32 +418,6 @@ class Search:
 
     def _note_time(self) -> None:
         self.store.set_meta("spent_s", self._tally.spent_s())
-
-    # ------------------------------------------------------------------ the target
-
-    def _target_ms(self) -> float:
-        """T: as configured, or measured once at the campaign's start and kept."""
-        objective = self.config.objective
-        if objective.target_ms is not None:
-            self.store.set_meta("target_ms", objective.target_ms)
-            return objective.target_ms
-        known = self.store.meta("target_ms")
-        if known is not None:
-            return float(known)
-        assert objective.target is not None  # ObjectiveConfig demands one of the two
-        meter, reference = self.parts.meter, self.parts.reference
-        assert meter is not None  # Parts refuses a target without a device
-        assert reference is not None  # there is a target
-        try:
-            measurement_id, metrics = self._measurement(meter, reference)
-        except MeasurementError as error:
-            raise ConfigError(
-                f"objective.target: the reference network cannot be measured: {error}"
-            ) from error
-        target_ms = objective.target.times * metrics[LATENCY]
-        self.store.set_meta("target_measurement", measurement_id)
-        self.store.set_meta("target_ms", target_ms)
-        return target_ms
 
 
 def learn(controller: Controller, trials: Sequence[Trial]) -> None:

@@ -20,6 +20,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
 
 from search.trial import RewardParts
 from space.records import record
@@ -30,6 +31,9 @@ EXPONENTS: dict[str, tuple[float, float]] = {
     "hard": (0.0, -1.0),
     "absolute": (0.0, -0.07),
 }
+
+#: What a network may be refused for before it is trained.
+Capped = Literal["macs", "parameters", "model_mb", "peak_memory_mb"]
 
 #: The metric that the target is about.
 LATENCY = "latency_ms"
@@ -65,6 +69,11 @@ class ObjectiveConfig:
             name's.
         reject_above: Networks slower than this multiple of T are rejected before training; None
             trains them all, as the paper does.
+        caps: Metric -> the most that is trained at all: `macs`, `parameters`, or what a device
+            measures (`model_mb`, `peak_memory_mb`).
+        other_targets_ms: Name -> T of each of the campaign's other devices.
+        device_weights: Name -> weight of each of several devices' ratios LAT / T, which then
+            count by their weighted mean; None lets the worst ratio count.
     """
 
     name: Literal["soft", "hard", "absolute"] = "soft"
@@ -73,6 +82,9 @@ class ObjectiveConfig:
     alpha: float | None = None
     beta: float | None = None
     reject_above: float | None = None
+    caps: dict[Capped, float] = Field(default_factory=dict)
+    other_targets_ms: dict[str, float] | None = None
+    device_weights: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
         if (self.target_ms is None) == (self.target is None):
@@ -90,6 +102,10 @@ class ObjectiveConfig:
                 )
         if self.reject_above is not None and self.reject_above < 1:
             raise ValueError(f"reject_above must be >= 1, but got {self.reject_above!r}")
+        for key in ("caps", "other_targets_ms", "device_weights"):
+            for name, number in (getattr(self, key) or {}).items():
+                if number <= 0:
+                    raise ValueError(f"{key}.{name} must be > 0, but got {number!r}")
 
 
 class Objective:
@@ -108,6 +124,7 @@ class Objective:
         self.alpha = alpha if config.alpha is None else config.alpha
         self.beta = beta if config.beta is None else config.beta
         self.target_ms = target_ms
+        self.caps = config.caps
         self.reject_above_ms = (
             None if config.reject_above is None else config.reject_above * target_ms
         )
@@ -149,6 +166,12 @@ class Objective:
             rewards = accuracy * ratio ** np.where(ratio <= 1, self.alpha, self.beta)
         return rewards
 
-    def rejects(self, metrics: Mapping[str, float]) -> bool:
-        """Whether a network is too slow to be trained at all."""
-        return self.reject_above_ms is not None and metrics[LATENCY] > self.reject_above_ms
+    def rejects(self, metrics: Mapping[str, float]) -> str | None:
+        """Return why a network is not to be trained at all, or None; unknown metrics pass."""
+        limits: dict[str, float] = dict(self.caps.items())
+        if self.reject_above_ms is not None:
+            limits[LATENCY] = self.reject_above_ms
+        for name, limit in limits.items():
+            if metrics.get(name, 0.0) > limit:
+                return f"{name} is {metrics[name]:.4g}, above {limit:.4g}"
+        return None

@@ -13,6 +13,7 @@ import html
 import importlib.resources
 import json
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
@@ -181,12 +182,16 @@ def _warnings(facts: Facts) -> list[str]:
             f"No network meets the target of {facts.target_ms:.4g} ms: the fastest takes"
             f" {fastest:.4g} ms. Widen the space towards smaller networks or raise the target."
         )
-    noisy = sum(verdict == "noisy" for verdict, _, _ in facts.shown.verdicts.values())
-    if noisy:
-        found.append(
-            f"{noisy:,} of {len(facts.shown.verdicts):,} measurements shown are noisy: their"
-            " interquartile range exceeds 10 % of the median."
-        )
+    verdicts = Counter(verdict for verdict, _, _ in facts.shown.verdicts.values())
+    for verdict, why in (
+        ("noisy", "their interquartile range exceeds 10 % of the median"),
+        ("drifted", "the device had become slower or faster meanwhile"),
+    ):
+        if verdicts[verdict]:
+            found.append(
+                f"{verdicts[verdict]:,} of {verdicts.total():,} measurements shown are {verdict}:"
+                f" {why}."
+            )
     ended = scan.outcomes.total() - scan.outcomes["pending"]
     machine = sum(kind.count for kind in scan.kinds if kind.cause == "infrastructure")
     if machine and machine > 0.05 * ended:

@@ -19,7 +19,7 @@ from search.parts import Parts, campaign_space
 from search.store import Store
 from search.trial import Trial
 from space.architecture import graph_hash
-from space.errors import ConfigError
+from space.errors import ConfigError, MeasurementError
 from space.records import to_plain
 from space.search_space import SearchSpace
 
@@ -50,8 +50,11 @@ def carry_over(config: CampaignConfig, parts: Parts, store: Store) -> None:
     assert config.warm_start is not None  # asked for by the caller
     with closing(open_to_read(_folder(config.warm_start))) as earlier:
         known = _networks(config.warm_start, config, parts.space, earlier)
-        if parts.meter is not None:
-            device = fingerprint(parts.meter.identity())
+        for meter in parts.meters.values():
+            try:
+                device = fingerprint(meter.identity())
+            except MeasurementError:
+                continue  # a device that does not answer is asked again for each network
             for trial in known:
                 found = earlier.find_measurement(graph_hash(trial.network()), device)
                 if found is not None:

@@ -1,0 +1,170 @@
+"""Latencies: a campaign's devices with their targets, and the figures that they have given.
+
+With several devices a network has one latency on each, `latency_ms:NAME`, and one that counts,
+`latency_ms`: the ratios LAT / T of the devices' latencies to their targets, the worst of them or
+their weighted mean, in milliseconds of the first device. So every objective works unchanged.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+from latency.device import LatencyMeter
+from latency.measurement import Measurement, fingerprint
+from search.evaluation import Evaluator
+from search.objective import LATENCY, ObjectiveConfig
+from search.store import Store
+from space.architecture import Architecture, graph_hash
+from space.errors import ConfigError, MeasurementError
+
+
+class Figures(NamedTuple):
+    """What the devices say of a network.
+
+    Attributes:
+        measurement_ids: Rows of the table `measurement`, one per device.
+        metrics: `latency_ms` and what else the devices give.
+        seconds: What it took.
+    """
+
+    measurement_ids: tuple[int, ...]
+    metrics: dict[str, float]
+    seconds: float
+
+
+class Latencies:
+    """Measures networks on all devices of a campaign, each network once.
+
+    Without a device the figures are those that the evaluator knows without an evaluation.
+
+    Args:
+        config: The objective: its targets and what several devices' latencies come to.
+        meters: Name -> meter; the first one's milliseconds are those that count.
+        evaluator: Of the campaign.
+        store: Where measurements are kept.
+        reference: The network whose latency the targets are multiples of, if that is configured.
+
+    Raises:
+        ConfigError: The reference network cannot be measured.
+    """
+
+    def __init__(
+        self,
+        config: ObjectiveConfig,
+        meters: Mapping[str, LatencyMeter],
+        evaluator: Evaluator,
+        store: Store,
+        reference: Architecture | None,
+    ) -> None:
+        self._config = config
+        self._meters = meters
+        self._evaluator = evaluator
+        self._store = store
+        self._targets = self._known_targets() or self._new_targets(reference)
+        store.set_meta("targets", self._targets)
+        store.set_meta("target_ms", self.target_ms)
+
+    @property
+    def target_ms(self) -> float:
+        """T of the first device, in milliseconds."""
+        return next(iter(self._targets.values()))
+
+    def measure(
+        self, networks: Iterable[Architecture], *, anew: bool = False
+    ) -> Iterator[tuple[Architecture, Figures | MeasurementError]]:
+        """Yield every network once, in an order that is the devices' own, with its figures.
+
+        Args:
+            networks: Different ones.
+            anew: Measure also what has been measured before.
+        """
+        waiting = {network.hash: network for network in networks}
+        found: dict[str, dict[str, tuple[int, Measurement]]] = {key: {} for key in waiting}
+        before = time.monotonic()
+        for name, meter in self._meters.items():
+            for network, outcome in self._on_one(meter, list(waiting.values()), anew=anew):
+                if isinstance(outcome, MeasurementError):
+                    del waiting[network.hash]
+                    yield network, outcome
+                    continue
+                found[network.hash][name] = outcome
+                if len(found[network.hash]) == len(self._meters):
+                    now = time.monotonic()
+                    yield network, self._figures(found[network.hash], now - before)
+                    before = now
+        if not self._meters:
+            for network in waiting.values():
+                yield network, Figures((), self._evaluator.metrics(network), 0.0)
+
+    def _on_one(
+        self, meter: LatencyMeter, networks: list[Architecture], *, anew: bool
+    ) -> Iterator[tuple[Architecture, tuple[int, Measurement] | MeasurementError]]:
+        """The networks' measurements on one device, from the database or the device."""
+        try:
+            device = fingerprint(meter.identity())
+        except MeasurementError as error:
+            yield from ((network, error) for network in networks)
+            return
+        missing = []
+        for network in networks:
+            known = None if anew else self._store.find_measurement(graph_hash(network), device)
+            if known is None:
+                missing.append(network)
+            else:
+                yield network, known
+        for network, outcome in meter.measure_all(missing):
+            if isinstance(outcome, MeasurementError):
+                yield network, outcome
+            else:
+                yield network, (self._store.add_measurement(outcome), outcome)
+
+    def _figures(
+        self, by_device: Mapping[str, tuple[int, Measurement]], seconds: float
+    ) -> Figures:
+        latencies = {name: measurement.median_ms for name, (_, measurement) in by_device.items()}
+        first = next(iter(by_device))
+        metrics = {**by_device[first][1].metrics, LATENCY: self._counts(latencies)}
+        if len(latencies) > 1:
+            metrics.update({f"{LATENCY}:{name}": value for name, value in latencies.items()})
+        return Figures(tuple(key for key, _ in by_device.values()), metrics, seconds)
+
+    def _counts(self, latencies: Mapping[str, float]) -> float:
+        """The latency that counts, in milliseconds of the first device."""
+        if len(latencies) == 1:
+            return next(iter(latencies.values()))
+        ratios = {name: value / self._targets[name] for name, value in latencies.items()}
+        weights = self._config.device_weights
+        if weights is None:
+            return self.target_ms * max(ratios.values())
+        total = sum(weights[name] * ratio for name, ratio in ratios.items())
+        return self.target_ms * total / sum(weights.values())
+
+    # ------------------------------------------------------------------ targets
+
+    def _known_targets(self) -> dict[str, float]:
+        """What an earlier session of the campaign settled."""
+        known: dict[str, float] = self._store.meta("targets", {})
+        alone = self._store.meta("target_ms")  # all that older campaigns have
+        if known or alone is None:
+            return known
+        return {next(iter(self._meters), ""): alone}
+
+    def _new_targets(self, reference: Architecture | None) -> dict[str, float]:
+        if self._config.target_ms is not None:
+            first = {next(iter(self._meters), ""): self._config.target_ms}
+            return first | (self._config.other_targets_ms or {})
+        assert self._config.target is not None  # ObjectiveConfig demands one of the two
+        assert reference is not None  # there is a target
+        times = self._config.target.times
+        targets = {}
+        for name, meter in self._meters.items():
+            ((_, outcome),) = self._on_one(meter, [reference], anew=False)
+            if isinstance(outcome, MeasurementError):
+                raise ConfigError(
+                    f"objective.target: the reference network cannot be measured on {name}:"
+                    f" {outcome}"
+                )
+            targets[name] = times * outcome[1].median_ms
+        return targets
