@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from typing import Any, Literal
 
-from latency.device import CommandConfig, DeviceConfig, OnnxRuntimeConfig, SshConfig
+from latency.command_config import CommandConfig
+from latency.config import AscendConfig, OnnxRuntimeConfig, SshConfig
+from latency.device import DeviceConfig, PoolConfig
 from space.errors import ConfigError, MeasurementError
 from space.records import record
 
@@ -33,6 +36,10 @@ def check_device(config: DeviceConfig) -> list[Finding]:
         return _check_ssh(config)
     if isinstance(config, CommandConfig):
         return _check_command(config)
+    if isinstance(config, AscendConfig):
+        return _check_ascend(config)
+    if isinstance(config, PoolConfig):
+        return _check_pool(config)
     return _check_this_host(config)
 
 
@@ -53,7 +60,8 @@ _WAY = ("ssh client", "reachable", "host key", "login", "python")
 
 
 def _check_ssh(config: SshConfig) -> list[Finding]:
-    from latency.remote import DeviceFault, SshMeter
+    from latency.remote import SshMeter
+    from latency.reports import DeviceFault
 
     place = config.host if config.port is None else f"{config.host}, port {config.port}"
     found_there = (shutil.which("ssh") or "", place, "known", "by key, no password", "")
@@ -131,3 +139,31 @@ def _check_command(config: CommandConfig) -> list[Finding]:
     except MeasurementError as error:
         return [*findings, Finding("identity", "lacks", str(error))]
     return [*findings, Finding("identity", "ok", "; ".join(said))]
+
+
+def _check_ascend(config: AscendConfig) -> list[Finding]:
+    from latency.ascend import AscendMeter
+
+    try:
+        identity = AscendMeter(config).identity()
+    except MeasurementError as error:
+        return [Finding("mindspore", "lacks", str(error))]
+    return [
+        Finding("mindspore", "ok", identity["runtime"]),
+        Finding("processor", "ok", identity["processor"]),
+    ]
+
+
+def _check_pool(config: PoolConfig) -> list[Finding]:
+    from latency.device import make_meter
+
+    findings = [
+        dataclasses.replace(finding, name=f"{device.name}: {finding.name}")
+        for device in config.devices
+        for finding in check_device(device)
+    ]
+    try:
+        make_meter(config).identity()
+    except MeasurementError as error:
+        return [*findings, Finding("identical", "lacks", str(error))]
+    return [*findings, Finding("identical", "ok", "but for names and addresses")]

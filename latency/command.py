@@ -11,7 +11,6 @@ import json
 import math
 import re
 import socket
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -22,14 +21,15 @@ from typing import Any
 import numpy as np
 import psutil
 
-from latency.device import CommandConfig, JsonRule, LatencyMeter, RegexRule
+from latency.command_config import CommandConfig, JsonRule, RegexRule
+from latency.device import LatencyMeter
 from latency.fits import needed_bytes
 from latency.host import check_memory
 from latency.lock import device_lock
 from latency.measurement import Measurement
 from latency.placeholders import fill_in
-from latency.processes import Finished, run_to_end
-from latency.runs import graph_versions, input_shape
+from latency.processes import Finished, run_to_end, temporary_folder
+from latency.runs import graph_versions, input_shape, model_metrics
 from latency.timing import FEWEST_SAMPLES, NOISY_SPREAD, interquartile_range
 from space.architecture import PAPER_STYLE, Architecture, NetworkStyle, graph_hash
 from space.errors import FailureCause, MeasurementError
@@ -68,7 +68,7 @@ class CommandMeter(LatencyMeter):
             MeasurementError: One of them fails.
         """
         if self._identified is None:
-            values = {"threads": str(self._config.threads)}
+            values = {"threads": str(self._config.threads), "address": self._config.address or ""}
             self._identified = tuple(
                 self._call("identify", fill_in(command, values), SHORT_LIMIT_S).output.strip()
                 for command in self._config.identify
@@ -106,7 +106,7 @@ class CommandMeter(LatencyMeter):
             graph_hash=graph_hash(architecture, style),
             device=device,
             environment={**environment, "spreads": spreads},
-            metrics={"model_bytes": float(len(model))},
+            metrics=model_metrics(len(model)),
         )
 
     @contextlib.contextmanager
@@ -115,8 +115,8 @@ class CommandMeter(LatencyMeter):
     ) -> Iterator[_Job]:
         """The model converted and on the device; cleaned up afterwards, whatever happened."""
         config = self._config
-        with tempfile.TemporaryDirectory(prefix="mnas-") as folder:
-            job = _Job(config, architecture, folder)
+        with temporary_folder() as folder:
+            job = _Job(config, architecture, str(folder))
             Path(job.values["model"]).write_bytes(model)
             try:
                 for key in ("convert", "push"):
@@ -235,6 +235,7 @@ class _Job:
             "warmup": str(config.warmup),
             "batch": str(config.batch),
             "input_shape": ",".join(map(str, shape)),
+            "address": config.address or "",
         }
         if config.converted is not None:
             self.values["converted"] = fill_in([config.converted], self.values)[0]

@@ -115,6 +115,7 @@ def _check_measurement(meter: LatencyMeter, found: Measurement) -> list[CheckRes
     counts = (found.inner_iterations, found.warmup_runs + 1, found.attempts)
     identity = meter.identity()
     verdict = "noisy" if found.spread > NOISY_SPREAD else "ok"
+    verdict = "drifted" if found.drifted else verdict
     return [
         _result(
             "samples are positive and finite, at least one",

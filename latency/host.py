@@ -52,12 +52,22 @@ def allowed_cores() -> list[int]:
 
 def memory_bytes() -> tuple[int, int] | None:
     """Return the memory in all and the memory free for use, or None where Linux does not say."""
+    return _sizes("/proc/meminfo", "MemTotal", "MemAvailable")
+
+
+def resident_bytes() -> tuple[int, int] | None:
+    """Return this process's resident memory, now and at its highest, or None where not told."""
+    return _sizes("/proc/self/status", "VmRSS", "VmHWM")
+
+
+def _sizes(path: str, first: str, second: str) -> tuple[int, int] | None:
+    """Two of the sizes that a file of Linux names and gives in units of 1024 bytes, in bytes."""
     sizes = {}
-    for line in (read_text("/proc/meminfo") or "").splitlines():
+    for line in (read_text(path) or "").splitlines():
         name, _, value = line.partition(":")
         sizes[name] = value.split()[0] if value.split() else "0"
     try:
-        return 1024 * int(sizes["MemTotal"]), 1024 * int(sizes["MemAvailable"])
+        return 1024 * int(sizes[first]), 1024 * int(sizes[second])
     except (KeyError, ValueError):
         return None
 

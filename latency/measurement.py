@@ -11,7 +11,7 @@ import numpy as np
 from latency.timing import NOISY_SPREAD, interquartile_range, median_interval
 from space.records import record, to_plain
 
-Verdict = Literal["ok", "noisy"]
+Verdict = Literal["ok", "noisy", "drifted"]
 
 
 @record
@@ -27,7 +27,8 @@ class Measurement:
         graph_hash: Identifies what was timed (space.architecture.graph_hash).
         device: The device's configuration and identity as plain values.
         environment: Load, frequency, governor, temperature, versions, where readable.
-        metrics: Other figures of the same run, e.g. `peak_memory_bytes`, `model_bytes`.
+        metrics: Other figures of the same run, e.g. `model_mb`, `peak_memory_mb`.
+        drifted: Whether the device's drift guard found it changed around these samples.
     """
 
     samples_ms: tuple[float, ...]
@@ -38,6 +39,7 @@ class Measurement:
     device: dict[str, Any]
     environment: dict[str, Any]
     metrics: dict[str, float]
+    drifted: bool = False
 
     def __post_init__(self) -> None:
         if not self.samples_ms or not all(0 < s < float("inf") for s in self.samples_ms):
@@ -62,7 +64,9 @@ class Measurement:
 
     @property
     def verdict(self) -> Verdict:
-        """`noisy` if IQR / median exceeds 10 %."""
+        """`drifted` if the device was found changed, or `noisy` if IQR / median exceeds 10 %."""
+        if self.drifted:
+            return "drifted"
         return "noisy" if self.spread > NOISY_SPREAD else "ok"
 
     def percentile_ms(self, percent: float) -> float:

@@ -1,28 +1,37 @@
 """Times networks on this host with ONNX Runtime: pinned cores, one measurement at a time.
 
 Nothing is kept between measurements but the configuration: the graph is built, its session opened,
-timed and dropped within `measure`. A lock that all processes of this user respect keeps two
-measurements on the host from disturbing each other; other load is recorded, not prevented.
+timed and dropped within `measure`, in this process or in one of its own. A lock that all processes
+of this user respect keeps two measurements on the host from disturbing each other; other load is
+recorded, and a measurement that it disturbed is repeated.
 """
 
 from __future__ import annotations
 
 import functools
+import json
 from typing import Any
 
 import onnxruntime
 import psutil
 
 from latency import runner
-from latency.device import LatencyMeter, OnnxRuntimeConfig
+from latency.config import OnnxRuntimeConfig
+from latency.device import LatencyMeter
 from latency.fits import needed_bytes
 from latency.host import CpuTimes, check_memory
 from latency.lock import host_lock
 from latency.measurement import Measurement
-from latency.runs import graph_versions, runner_settings, to_measurement
+from latency.reports import run_module
+from latency.runs import (
+    graph_versions,
+    model_file,
+    precision_identity,
+    runner_settings,
+    to_measurement,
+)
 from space.architecture import PAPER_STYLE, Architecture, NetworkStyle
 from space.errors import ConfigError, MeasurementError
-from space.onnx_graph import onnx_model
 from space.records import did_you_mean
 
 _runtime_identity = functools.cache(runner.runtime_identity)
@@ -32,11 +41,13 @@ class OnnxRuntimeMeter(LatencyMeter):
     """Times networks on this host.
 
     Raises:
-        ConfigError: This host lacks the provider or the cores that the configuration asks for.
+        ConfigError: This host lacks the provider, the cores or the calibration file that the
+            configuration asks for.
     """
 
     def __init__(self, config: OnnxRuntimeConfig) -> None:
         self._config = config
+        self._precision = precision_identity(config)
         _check_provider(config)
         try:
             runner.cores_to_use(config.threads, config.cores)
@@ -53,9 +64,11 @@ class OnnxRuntimeMeter(LatencyMeter):
             **_runtime_identity(),
             "threads": config.threads,
             "cores": None if config.cores is None else list(config.cores),
-            "precision": config.precision,
+            **self._precision,
             "batch": config.batch,
             "effort": config.effort,
+            # A figure without the peak of memory cannot stand in for one with it.
+            **({"own_process": True} if config.own_process else {}),
         }
 
     def measure(
@@ -69,9 +82,15 @@ class OnnxRuntimeMeter(LatencyMeter):
         with host_lock(config.lock_timeout_s):
             try:
                 earlier = CpuTimes()
-                model: bytes = onnx_model(architecture, style).SerializeToString()
+                model = model_file(config, architecture, style)
                 settings = runner_settings(config, architecture, needed_bytes=0)
-                report = runner.measure(model, runner.Settings(**settings), earlier)
+                if config.own_process:
+                    files = {"model.onnx": model, "settings.json": json.dumps(settings).encode()}
+                    report = run_module("latency.runner", files, time_limit_s=config.time_limit_s)
+                else:
+                    report = runner.measure(model, runner.Settings(**settings), earlier)
+                    # What earlier networks left in this process falsifies it.
+                    report["peak_memory_bytes"] = None
             except MemoryError as error:
                 raise MeasurementError("memory ran out") from error
         return to_measurement(

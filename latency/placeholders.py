@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 from space.records import did_you_mean
 
 if TYPE_CHECKING:
-    from latency.device import CommandConfig
+    from latency.command_config import CommandConfig
 
 PLACEHOLDERS = (
     "model", "folder", "converted", "remote_model", "remote_result", "id", "threads", "runs",
-    "warmup", "batch", "input_shape",
+    "warmup", "batch", "input_shape", "address",
 )  # fmt: skip
 
 #: `{{word}}` is the text `{word}`, for programs that have braces of their own.
@@ -31,7 +31,7 @@ def fill_in(arguments: Sequence[str], values: Mapping[str, str]) -> list[str]:
 
 
 def check_commands(config: CommandConfig) -> None:
-    """Check the commands of a latency.device.CommandConfig.
+    """Check the commands of a latency.command_config.CommandConfig.
 
     Raises:
         ValueError: One is empty, or has an unknown placeholder or one that stands for nothing.
@@ -55,7 +55,9 @@ def check_commands(config: CommandConfig) -> None:
 def _check_placeholders(key: str, command: Sequence[str], config: CommandConfig) -> None:
     used = [name for argument in command for _, name in _PATTERN.findall(argument) if name]
     # A device has one identity, whatever the network; {converted} cannot stand for itself.
-    allowed = {"identify": ("threads",), "converted": ("folder", "id")}.get(key, PLACEHOLDERS)
+    allowed = {"identify": ("threads", "address"), "converted": ("folder", "id")}.get(
+        key, PLACEHOLDERS
+    )
     for name in used:
         if name not in allowed:
             hint = did_you_mean(name, allowed) or f"; known are {', '.join(allowed)}"
@@ -64,3 +66,5 @@ def _check_placeholders(key: str, command: Sequence[str], config: CommandConfig)
             raise ValueError(f"{key} must use {{{name}}} only with a remote_folder, but got none")
         if name == "converted" and config.converted is None:
             raise ValueError(f"{key} must use {{converted}} only with convert, but got none")
+        if name == "address" and config.address is None:
+            raise ValueError(f"{key} must use {{address}} only with an address, but got none")

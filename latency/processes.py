@@ -1,4 +1,4 @@
-"""Runs a program to its end or its time limit, keeps what it printed, leaves nothing running."""
+"""Runs a program to its end or its time limit, keeps what it printed, leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -6,10 +6,13 @@ import contextlib
 import os
 import signal
 import subprocess
+import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import IO
 
+from space.errors import MeasurementError
 from space.records import record
 
 #: For what is in a pipe to be read once its writer has ended.
@@ -17,6 +20,23 @@ _PIPE_S = 2.0
 
 #: More output than this is no answer; the program is killed.
 MOST_BYTES = 8_000_000
+
+
+@contextlib.contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """Make a folder for files of ours; afterwards it is removed.
+
+    Raises:
+        MeasurementError: The disk takes no folder, or no file within.
+    """
+    try:
+        with tempfile.TemporaryDirectory(prefix="mnas-") as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise MeasurementError(
+            f"a temporary file cannot be written: {error.strerror or error}; make room or set"
+            " TMPDIR"
+        ) from error
 
 
 @record

@@ -11,7 +11,6 @@ import functools
 import json
 import re
 import shlex
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,23 @@ import psutil
 
 import latency
 import space
-from latency.device import LatencyMeter, SshConfig
+from latency.config import SshConfig
+from latency.device import LatencyMeter
 from latency.fits import needed_bytes
 from latency.host import check_memory
 from latency.lock import device_lock
 from latency.measurement import Measurement
 from latency.processes import Finished, run_to_end
-from latency.runs import graph_versions, runner_settings, to_measurement
+from latency.reports import DeviceFault, json_line, last_line, read_report
+from latency.runs import (
+    graph_versions,
+    model_file,
+    precision_identity,
+    runner_settings,
+    to_measurement,
+)
 from space.architecture import PAPER_STYLE, Architecture, NetworkStyle
-from space.errors import FailureCause, MeasurementError
-from space.onnx_graph import onnx_model
+from space.errors import MeasurementError
 from space.records import to_plain
 
 #: What runs on the device. A test sees to it that these need nothing else of ours.
@@ -92,21 +98,6 @@ _COMPLAINTS = (
 )
 
 
-class DeviceFault(MeasurementError):
-    """A device elsewhere that did not do what it was asked.
-
-    Attributes:
-        stage: How far it came: `ssh` (no client here), `reachable`, `host key`, `login`, `python`,
-            or `answer`.
-    """
-
-    def __init__(
-        self, reason: str, stage: str = "answer", *, cause: FailureCause = "infrastructure"
-    ) -> None:
-        super().__init__(reason, cause=cause)
-        self.stage = stage
-
-
 class SshMeter(LatencyMeter):
     """Times networks on a machine that OpenSSH reaches."""
 
@@ -128,7 +119,7 @@ class SshMeter(LatencyMeter):
             **self._runtime_identity(),
             "threads": config.threads,
             "cores": None if config.cores is None else list(config.cores),
-            "precision": config.precision,
+            **precision_identity(config),
             "batch": config.batch,
             "effort": config.effort,
         }
@@ -142,7 +133,7 @@ class SshMeter(LatencyMeter):
         memory = psutil.virtual_memory()
         check_memory(needed_bytes(architecture, 0), (memory.total, memory.available))
         device = self.identity()
-        model: bytes = onnx_model(architecture, style).SerializeToString()
+        model = model_file(config, architecture, style)
         settings = runner_settings(config, architecture, needed_bytes=needed)
         where = f"on {config.host}"
         with device_lock(f"ssh-{config.host}-{config.port or 22}", where, config.lock_timeout_s):
@@ -157,17 +148,14 @@ class SshMeter(LatencyMeter):
                 f"{config.host} is another machine than before, or its software changed:"
                 f" {report.get('runtime')!r}; start again"
             )
-        try:
-            return to_measurement(
-                report,
-                architecture,
-                style,
-                device=device,
-                model_bytes=len(model),
-                environment=graph_versions(),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise self._unreadable(f"{type(error).__name__}: {error}") from error
+        return to_measurement(
+            report,
+            architecture,
+            style,
+            device=device,
+            model_bytes=len(model),
+            environment=graph_versions(),
+        )
 
     def describe(self) -> dict[str, Any]:
         """Return what the machine says about itself; see latency.host.describe.
@@ -236,7 +224,7 @@ class SshMeter(LatencyMeter):
     def _answer(self, finished: Finished, patience_s: float) -> dict[str, Any]:
         """The supervisor's answer."""
         config = self._config
-        last_words = _last_line(finished.errors)
+        last_words = last_line(finished.errors)
         if finished.ending == "time":
             raise DeviceFault(
                 f"{config.host} gave no answer within {patience_s:.3g} s and was given up",
@@ -256,11 +244,11 @@ class SshMeter(LatencyMeter):
             raise DeviceFault(
                 f"{config.host}: {last_words}; set `python` to a newer one there", "python"
             )
-        answer = _json_line(finished.output)
+        answer = json_line(finished.output)
         if answer is None or not (
             isinstance(answer.get("status"), int) or isinstance(answer.get("fault"), str)
         ):
-            said = last_words or _last_line(finished.output)
+            said = last_words or last_line(finished.output)
             raise self._unreadable(f"exit status {finished.status}, {said!r}")
         return answer
 
@@ -279,31 +267,17 @@ class SshMeter(LatencyMeter):
             }
             fallback = f"{config.host} cannot take the files: {what}; set `folder`"
             raise DeviceFault(sentences.get(str(kind), fallback), "answer")
-        status, errors = answer["status"], str(answer.get("errors", ""))
-        if status == -signal.SIGALRM:
-            raise DeviceFault(
-                f"the measurement on {config.host} hung and was killed after time_limit_s"
-                f" ({config.time_limit_s:g} s)",
-                "answer",
-            )
-        report = _json_line(str(answer.get("output", "")))
-        if status != 0:
-            raise DeviceFault(
-                f"the runner on {config.host} died with {_ending(status)}: {_last_line(errors)!r}",
-                "answer",
-            )
-        if report is None:
-            raise self._unreadable(repr(_last_line(str(answer.get("output", "")))))
-        if "fault" in report:
-            cause: FailureCause = (
-                "architecture" if report.get("cause") == "architecture" else "infrastructure"
-            )
-            raise MeasurementError(f"{config.host}: {report['fault']}", cause=cause)
-        return report
+        return read_report(
+            f"on {config.host}",
+            answer["status"],
+            str(answer.get("output", "")),
+            str(answer.get("errors", "")),
+            time_limit_s=config.time_limit_s,
+        )
 
     def _complaint(self, errors: str) -> DeviceFault:
         """What ssh itself has to say about a connection that failed."""
-        last_words = _last_line(errors)
+        last_words = last_line(errors)
         for pattern, stage, sentence in _COMPLAINTS:
             if re.search(pattern, errors, re.IGNORECASE):
                 return DeviceFault(f"{self._config.host}: {sentence} ({last_words})", stage)
@@ -356,31 +330,3 @@ def _source(path: str) -> bytes:
 
 def _shipped() -> dict[str, bytes]:
     return {path: _source(path) for path in SHIPPED}
-
-
-def _json_line(text: str) -> dict[str, Any] | None:
-    """The last line that is a JSON object; a shell's greeting may come before it."""
-    for line in reversed(text.splitlines()):
-        try:
-            value = json.loads(line, parse_constant=_refuse)
-        except ValueError:
-            continue
-        if isinstance(value, dict):
-            return value
-    return None
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is no JSON")
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else ""
-
-
-def _ending(status: int) -> str:
-    if status >= 0:
-        return f"exit status {status}"
-    hint = ", often for lack of memory" if status == -signal.SIGKILL else ""
-    return f"signal {-status} ({signal.strsignal(-status)}{hint})"

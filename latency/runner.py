@@ -32,6 +32,7 @@ from latency.host import (
     environment,
     memory_bytes,
     processor_name,
+    resident_bytes,
 )
 from latency.timing import NOISY_SPREAD, PROTOCOLS, Effort, Timing, interquartile_range, time_runs
 from space.errors import MeasurementError
@@ -39,6 +40,12 @@ from space.errors import MeasurementError
 CPU_PROVIDER = "CPUExecutionProvider"
 
 _ERRORS_ONLY = 3
+
+#: An earlier peak of the process's memory that is this much higher would falsify the next one.
+_HIDDEN_BYTES = 1 << 20
+
+#: Share of the time that the thread must have had its core; below, the attempt is repeated.
+FEWEST_RUNNING = 0.95
 
 #: After the time limit, for ONNX Runtime to stop by itself; then an alarm ends the process.
 GRACE_S = 2.0
@@ -80,13 +87,19 @@ class Attempt:
     Attributes:
         timing: What it gave.
         running_share: Share of the time that the thread ran: well below 1, other processes had
-            the core, and what was timed is their turn, too.
+            the core, and what was timed is their turn, too. None where the provider is not the
+            CPU: there the thread waits.
         others_cpu_share: Share of the host's processor time that others took until its end.
+        peak_memory_bytes: How far the process's resident memory rose above where it was before
+            the session was opened: weights in all their copies, maps, and what the runtime needs
+            for itself. None where it cannot be told, or where the process had held more before,
+            which would hide it.
     """
 
     timing: Timing
-    running_share: float
+    running_share: float | None
     others_cpu_share: float | None
+    peak_memory_bytes: int | None
 
     @property
     def spread(self) -> float:
@@ -95,9 +108,15 @@ class Attempt:
         return interquartile_range(samples_ms) / float(np.median(samples_ms))
 
     @property
+    def is_undisturbed(self) -> bool:
+        """Whether the warm-up settled and the thread kept its core."""
+        kept_core = self.running_share is None or self.running_share >= FEWEST_RUNNING
+        return self.timing.settled and kept_core
+
+    @property
     def is_good(self) -> bool:
         """Whether it need not be repeated."""
-        return self.timing.settled and self.spread <= NOISY_SPREAD
+        return self.is_undisturbed and self.spread <= NOISY_SPREAD
 
 
 def measure(model: bytes, settings: Settings, earlier: CpuTimes | None = None) -> dict[str, Any]:
@@ -105,9 +124,10 @@ def measure(model: bytes, settings: Settings, earlier: CpuTimes | None = None) -
 
     What others do before the measurement is told from `earlier` on, or else from a short wait.
 
-    Keys: `timing` (latency.timing.Timing's fields), `attempts` (how many), `runtime` (see
-    `runtime_identity`), and `environment`: the conditions, with `cores`, `spreads` (IQR / median
-    of every attempt), `running_share`, `settled`, `ending`, and the share of others.
+    Keys: `timing` (latency.timing.Timing's fields), `attempts` (how many), `peak_memory_bytes` (of
+    the first one, see Attempt), `runtime` (see `runtime_identity`), and `environment`: the
+    conditions, with `cores`, `spreads` (IQR / median of every attempt), `running_share`,
+    `settled`, `ending`, and the share of others.
 
     Raises:
         MeasurementError: There is no figure.
@@ -121,10 +141,11 @@ def measure(model: bytes, settings: Settings, earlier: CpuTimes | None = None) -
     conditions = environment(cores[0])
     before = earlier.others_share()
     attempts = _attempts(model, settings, cores, deadline)
-    best = min(attempts, key=lambda attempt: (not attempt.timing.settled, attempt.spread))
+    best = min(attempts, key=lambda attempt: (not attempt.is_undisturbed, attempt.spread))
     return {
         "timing": dataclasses.asdict(best.timing),
         "attempts": len(attempts),
+        "peak_memory_bytes": attempts[0].peak_memory_bytes,
         "runtime": runtime_identity(),
         "environment": {
             **conditions,
@@ -210,6 +231,7 @@ def _attempt(model: bytes, settings: Settings, cores: tuple[int, ...], deadline:
         run_options.terminate = True
 
     with _pinned(cores), _stopwatch(deadline, stop):
+        before = resident_bytes()
         session = _session(model, options, settings.provider)
         binding = session.io_binding()
         binding.bind_cpu_input(settings.input_name, images)
@@ -228,7 +250,16 @@ def _attempt(model: bytes, settings: Settings, cores: tuple[int, ...], deadline:
             before_s, ran_s = time.perf_counter(), time.thread_time()
             timing = time_runs(run, PROTOCOLS[settings.effort])
             ran_s, wall_s = time.thread_time() - ran_s, time.perf_counter() - before_s
-        return Attempt(timing, round(min(1.0, ran_s / wall_s), 3), begun.others_share())
+        on_cpu = settings.provider == CPU_PROVIDER
+        share = round(min(1.0, ran_s / wall_s), 3) if on_cpu else None
+        return Attempt(timing, share, begun.others_share(), _growth(before, resident_bytes()))
+
+
+def _growth(before: tuple[int, int] | None, after: tuple[int, int] | None) -> int | None:
+    """How far the peak (now, peak) rose above `before`; None if an earlier peak hides it."""
+    if before is None or after is None or before[1] - before[0] > _HIDDEN_BYTES:
+        return None
+    return after[1] - before[0]
 
 
 def _session_options(settings: Settings, cores: tuple[int, ...]) -> onnxruntime.SessionOptions:

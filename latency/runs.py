@@ -5,16 +5,52 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
-from latency.device import OnnxRuntimeConfig, SshConfig
+from latency.config import OnnxRuntimeConfig, SshConfig
 from latency.measurement import Measurement
+from latency.reports import DeviceFault
 from space.architecture import Architecture, NetworkStyle, graph_hash
-from space.onnx_graph import INPUT_NAME, OUTPUT_NAME
+from space.onnx_graph import INPUT_NAME, OUTPUT_NAME, onnx_model
+
+_MB = 1e6
 
 
 def input_shape(architecture: Architecture, batch: int) -> tuple[int, int, int, int]:
     """Return a network's input: batch, channels, height, width."""
     size = architecture.resolution
     return batch, architecture.input_channels, size, size
+
+
+def model_file(
+    config: OnnxRuntimeConfig | SshConfig, architecture: Architecture, style: NetworkStyle
+) -> bytes:
+    """Return the ONNX file that is timed, in the configuration's precision.
+
+    Raises:
+        MeasurementError: It cannot be quantized.
+    """
+    model: bytes = onnx_model(architecture, style).SerializeToString()
+    if config.precision == "float32":
+        return model
+    from latency.int8 import calibration_images, quantized
+
+    shape = input_shape(architecture, batch=1)[1:]
+    return quantized(model, INPUT_NAME, calibration_images(config.calibration, shape))
+
+
+def precision_identity(config: OnnxRuntimeConfig | SshConfig) -> dict[str, str]:
+    """Return the part of a device's identity that says in which numbers it computes.
+
+    Raises:
+        ConfigError: The calibration file is not one.
+    """
+    if config.precision == "float32":
+        return {"precision": config.precision}
+    from latency.int8 import calibration_identity
+
+    return {
+        "precision": config.precision,
+        "calibration": calibration_identity(config.calibration),
+    }
 
 
 def runner_settings(
@@ -47,19 +83,32 @@ def to_measurement(
     """Return the Measurement of a report as latency.runner.measure gives it.
 
     Raises:
-        KeyError, TypeError, ValueError: The report is not one.
+        DeviceFault: The report is not one.
     """
-    timing = report["timing"]
-    return Measurement(
-        samples_ms=tuple(float(sample) for sample in timing["samples_ms"]),
-        inner_iterations=int(timing["inner_iterations"]),
-        warmup_runs=int(timing["warmup_runs"]),
-        attempts=int(report["attempts"]),
-        graph_hash=graph_hash(architecture, style),
-        device=device,
-        environment={**report["environment"], **environment},
-        metrics={"model_bytes": float(model_bytes)},
-    )
+    try:
+        timing, peak_bytes = report["timing"], report["peak_memory_bytes"]
+        metrics = model_metrics(model_bytes)
+        if peak_bytes is not None:
+            metrics["peak_memory_mb"] = peak_bytes / _MB
+        return Measurement(
+            samples_ms=tuple(float(sample) for sample in timing["samples_ms"]),
+            inner_iterations=int(timing["inner_iterations"]),
+            warmup_runs=int(timing["warmup_runs"]),
+            attempts=int(report["attempts"]),
+            graph_hash=graph_hash(architecture, style),
+            device=device,
+            environment={**report["environment"], **environment},
+            metrics=metrics,
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise DeviceFault(
+            f"{device['name']} gave an answer that cannot be read: {type(error).__name__}: {error}"
+        ) from error
+
+
+def model_metrics(model_bytes: int) -> dict[str, float]:
+    """Return a measurement's metrics that follow from the size of the file that is timed."""
+    return {"model_mb": model_bytes / _MB}
 
 
 def graph_versions() -> dict[str, str | None]:

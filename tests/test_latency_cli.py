@@ -121,7 +121,7 @@ def test_the_configurations_on_the_page_are_valid() -> None:
     page = (Path(__file__).parents[1] / "docs" / "latency.md").read_text()
     blocks = re.findall(r"^```yaml\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
     kinds = [build(DeviceConfig, parse_yaml(b, where="page"), where="page").kind for b in blocks]  # type: ignore[arg-type, attr-defined]
-    assert kinds == ["ssh", "command"]
+    assert kinds == ["ssh", "command", "pool", "ssh"]
 
 
 def test_devices_says_what_each_is() -> None:

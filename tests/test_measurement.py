@@ -23,7 +23,7 @@ def measurement(samples_ms: tuple[float, ...], **changes: Any) -> Measurement:
         graph_hash="0123456789abcdef",
         device={"name": "host", "threads": 1},
         environment={"load_average": 0.5},
-        metrics={"model_bytes": 100.0},
+        metrics={"model_mb": 0.1},
     )
     return dataclasses.replace(made, **changes)
 
@@ -94,4 +94,4 @@ def test_a_summary_is_json_with_the_units_in_its_keys() -> None:
     assert figures["verdict"] == "noisy"
     assert figures["device"] == {"name": "host", "threads": 1}
     assert figures["device_fingerprint"] == taken.device_fingerprint
-    assert figures["metrics"] == {"model_bytes": 100.0}
+    assert figures["metrics"] == {"model_mb": 0.1}

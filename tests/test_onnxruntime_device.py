@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,9 +21,10 @@ import onnx
 import onnxruntime
 import psutil
 import pytest
+from boards import program
 from onnx import TensorProto, helper, numpy_helper
 
-from latency import onnxruntime_device, runner
+from latency import reports, runner, runs
 from latency.contract import check_meter, too_large
 from latency.device import LatencyMeter, OnnxRuntimeConfig, make_meter
 from latency.measurement import Measurement
@@ -70,6 +72,7 @@ def timings(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Timing]], list[Ti
             return given.pop(0)
 
         monkeypatch.setattr(runner, "time_runs", next_timing)
+        monkeypatch.setattr(runner, "FEWEST_RUNNING", 0.0)  # this machine may be busy
         return given
 
     return use
@@ -85,7 +88,7 @@ def test_a_measurement_says_what_was_timed_where_and_under_which_conditions() ->
     assert len(taken.samples_ms) >= 5
     assert taken.device == device.identity()
     assert taken.graph_hash == graph_hash(SMALL)
-    assert taken.metrics["model_bytes"] > 1000
+    assert taken.metrics["model_mb"] > 0.001
     assert 0 < taken.environment["running_share"] <= 1
     text = json.dumps(to_plain(taken), allow_nan=False)
     assert set(json.loads(text)["environment"]) == {
@@ -180,6 +183,74 @@ def test_a_measurement_that_did_not_settle_is_repeated(timings: Any) -> None:
     taken = meter(attempts=2).measure(SMALL)
     assert taken.samples_ms == (3, 3, 3)
     assert taken.environment["settled"] is True
+
+
+def test_a_measurement_during_which_others_had_the_core_is_repeated(
+    timings: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = timings([timing(2, 2, 2), timing(3, 3, 3)])
+    monkeypatch.setattr(runner, "FEWEST_RUNNING", 1.1)  # no thread can run so much
+    assert meter(attempts=2).measure(SMALL).attempts == 2
+    assert left == []
+
+
+# ---------------------------------------------------------------------------- a process of its own
+
+
+def test_a_process_of_its_own_gives_the_same_and_the_peak_of_memory() -> None:
+    device = meter(own_process=True)
+    small = device.measure(SMALL)
+    wide = device.measure(dataclasses.replace(SMALL, head_filters=65_536))
+    assert small.device == device.identity() != meter().identity()
+    assert small.environment["cores"] == [max(os.sched_getaffinity(0))]
+    # Head and classifier have 1.7 million weights more, and the head's map 4.2 million numbers.
+    more_mb = wide.metrics["peak_memory_mb"] - small.metrics["peak_memory_mb"]
+    assert 20 < more_mb < 100
+    assert 6 < wide.metrics["model_mb"] - small.metrics["model_mb"] < 8
+    assert "peak_memory_mb" not in meter().measure(SMALL).metrics
+
+
+def test_what_is_the_network_s_fault_is_so_in_a_process_of_its_own() -> None:
+    slow = dataclasses.replace(SMALL, resolution=1024, stem_filters=64)
+    with pytest.raises(MeasurementError, match="longer than time_limit_s") as caught:
+        meter(own_process=True, time_limit_s=0.2).measure(slow)
+    assert caught.value.cause == "architecture"
+
+
+@pytest.mark.parametrize(
+    ("act", "message"),
+    [
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "died with signal 11"),
+        ("print('{]')", "gave an answer that cannot be read: '{]'"),
+        ("print('{}')", "here gave an answer that cannot be read: KeyError"),
+        ("sys.exit('no memory')", "died with exit status 1: 'no memory'"),
+        ("signal.setitimer(signal.ITIMER_REAL, 0.1); time.sleep(1000)", "hung and was killed"),
+        ("time.sleep(1000)", "hung and was killed"),
+        ("print('7' * 9_000_000)", "printed without end and was killed"),
+    ],
+)
+def test_a_process_of_its_own_that_goes_wrong_is_an_error_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, act: str, message: str
+) -> None:
+    program_text = f"import os, signal, sys, time; {act}"
+    python = program(
+        tmp_path / "python", f'#!/bin/sh\nexec {sys.executable} -c "{program_text}"\n'
+    )
+    monkeypatch.setattr(reports.sys, "executable", python)
+    monkeypatch.setattr(reports, "START_S", 2.0)
+    with pytest.raises(MeasurementError, match=message) as caught:
+        meter(own_process=True, time_limit_s=0.5).measure(SMALL)
+    assert caught.value.cause == "infrastructure"
+
+
+@pytest.mark.parametrize("changes", [{"own_process": True}, {"precision": "int8"}])
+def test_a_disk_that_takes_no_file_is_the_device_s_fault(
+    changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "not there"))
+    with pytest.raises(MeasurementError, match="a temporary file cannot be written") as caught:
+        meter(**changes).measure(SMALL)
+    assert caught.value.cause == "infrastructure"
 
 
 # ---------------------------------------------------------------------------- cores, sessions
@@ -357,7 +428,7 @@ def test_a_graph_that_the_runtime_refuses_is_the_network_s_fault(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = broken_model(node, constants)
-    monkeypatch.setattr(onnxruntime_device, "onnx_model", lambda architecture, style: model)
+    monkeypatch.setattr(runs, "onnx_model", lambda architecture, style: model)
     with pytest.raises(MeasurementError, match=message) as caught:
         meter().measure(SMALL)
     assert caught.value.cause == "architecture"

@@ -21,10 +21,10 @@ import pytest
 from boards import SSHD, Board, free_port, make_key, program, python_with, running_board
 from onnx import TensorProto, helper, numpy_helper
 
-from latency import remote
+from latency import remote, runs
 from latency.checks import check_device
 from latency.contract import check_meter
-from latency.device import DeviceConfig, SshConfig, make_meter
+from latency.device import DeviceConfig, PoolConfig, SshConfig, make_meter
 from latency.lock import device_lock
 from latency.remote import SHIPPED, SshMeter, ssh_command
 from space.architecture import graph_hash, parse_architecture
@@ -81,6 +81,7 @@ def test_a_measurement_is_the_board_s_and_leaves_nothing_there(
     assert {"hostname", "governor", "temperature_c", "load_average", "onnx"} <= set(
         taken.environment
     )
+    assert taken.metrics["peak_memory_mb"] > taken.metrics["model_mb"] > 0
     json.dumps(to_plain(taken), allow_nan=False)
     assert list(remote_folder.iterdir()) == []
 
@@ -107,6 +108,12 @@ def test_the_identity_names_the_machine_and_no_secret(
     # Asked once: the board need not be there any more.
     monkeypatch.setenv("PATH", "/nonexistent")
     assert device.identity() == identity
+
+
+def test_int8_is_quantized_here_and_timed_there(board: Board) -> None:
+    taken = SshMeter(board.config(precision="int8")).measure(SMALL)
+    assert taken.device["precision"] == "int8"
+    assert taken.device["calibration"] == "4 random images"
 
 
 def test_settings_reach_the_board(board: Board) -> None:
@@ -434,6 +441,18 @@ def test_two_processes_here_measure_on_a_board_one_after_the_other(board: Board)
     assert "there" not in str(error)
 
 
+def test_a_pool_retires_a_board_that_cannot_be_reached_and_measures_on_the_other(
+    board: Board,
+) -> None:
+    gone = board.config(name="gone", port=free_port())
+    meter = make_meter(PoolConfig("rack", "pool", (gone, board.config()), retire_after=1))
+    networks = [SMALL, dataclasses.replace(SMALL, head_filters=64)]
+    found = dict(meter.measure_all(networks))
+    assert [found[network].environment["member"] for network in networks] == ["board"] * 2
+    assert found[SMALL].device == meter.identity()
+    assert (found[SMALL].device["kind"], found[SMALL].device["member"]) == ("pool", "ssh")
+
+
 # ---------------------------------------------------------------------------- the network's fault
 
 
@@ -465,7 +484,7 @@ def test_a_graph_that_the_board_refuses_is_the_network_s_fault(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = broken_model(node, constants)
-    monkeypatch.setattr(remote, "onnx_model", lambda architecture, style: model)
+    monkeypatch.setattr(runs, "onnx_model", lambda architecture, style: model)
     error = fault(board.config())
     assert message in str(error)
     assert error.cause == "architecture"
