@@ -1,4 +1,4 @@
-"""The command line's campaign commands: search, resume, status, top, report, export.
+"""The command line's campaign commands: search, resume, status, top, trials, report.
 
 Heavy imports stand inside the commands, so that `mnas --help` answers at once. Commands that
 report take `--json`: one object on one line on standard output, keys as field names with units.
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,7 +22,8 @@ from space.errors import ConfigError
 if TYPE_CHECKING:
     from search.campaign import Campaign
     from search.config import CampaignConfig
-    from search.engine import CampaignOutcome
+    from search.engine import CampaignOutcome, CampaignWatcher
+    from search.progress import Progress
 
 app = typer.Typer(
     name="mnas",
@@ -38,6 +39,9 @@ WATCH_INTERVAL_S = 2.0
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on one line.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to replace.")
+]
+TensorBoardFlag = Annotated[
+    bool, typer.Option("--tensorboard", help="Write curves into DIR/tensorboard.")
 ]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A campaign's folder.")]
 
@@ -55,6 +59,7 @@ def search_command(
         Path | None, typer.Option("--out", help="The campaign's folder [runs/<name>].")
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the one in --out.")] = False,
+    tensorboard: TensorBoardFlag = False,
     as_json: Json = False,
 ) -> None:
     """Run a search campaign from a configuration."""
@@ -66,22 +71,28 @@ def search_command(
             raise ConfigError("--resume: needs --out DIR, the campaign to go on with.")
         from search.campaign import continue_with
 
-        _run(out, wanted, continue_with, as_json=as_json)
+        _run(out, wanted, continue_with, tensorboard=tensorboard, as_json=as_json)
         return
     from search.campaign import create
     from search.warm_start import check_warm_start
 
     check_warm_start(wanted)
     folder = _free_folder(Path("runs") / wanted.name) if out is None else out
-    _run(folder, wanted, create, as_json=as_json)
+    _run(folder, wanted, create, tensorboard=tensorboard, as_json=as_json)
 
 
 @app.command("resume")
-def resume_command(folder: Folder, overrides: Overrides = None, as_json: Json = False) -> None:
+def resume_command(
+    folder: Folder,
+    overrides: Overrides = None,
+    tensorboard: TensorBoardFlag = False,
+    as_json: Json = False,
+) -> None:
     """Go on with a campaign where it stopped; a raised stop.trials extends a finished one."""
     from search.campaign import continue_with, resumed_config
 
-    _run(folder, resumed_config(folder, overrides or []), continue_with, as_json=as_json)
+    wanted = resumed_config(folder, overrides or [])
+    _run(folder, wanted, continue_with, tensorboard=tensorboard, as_json=as_json)
 
 
 def _free_folder(folder: Path) -> Path:
@@ -98,6 +109,7 @@ def _run(
     config: CampaignConfig,
     opener: Callable[[Path, CampaignConfig], Campaign],
     *,
+    tensorboard: bool,
     as_json: bool,
 ) -> None:
     """Run a campaign that `opener` creates or opens, with progress for people."""
@@ -117,14 +129,26 @@ def _run(
         done = sum(store.counts().values()) - pending
         progress = Progress(console, campaign.config.stop.trials, done, best[0] if best else None)
         try:
-            with progress:
-                outcome = run(campaign, parts, progress)
+            with progress, _curves(progress, folder, wanted=tensorboard) as watcher:
+                outcome = run(campaign, parts, watcher)
         except KeyboardInterrupt:
             console.print(
                 f"\nStopped. Nothing is lost; go on with: mnas resume {folder}", soft_wrap=True
             )
             raise typer.Exit(130) from None
     _print_outcome(console, outcome, as_json=as_json)
+
+
+@contextmanager
+def _curves(progress: Progress, folder: Path, *, wanted: bool) -> Iterator[CampaignWatcher]:
+    """The progress, and with it TensorBoard's curves if they are wanted."""
+    if not wanted:
+        yield progress
+        return
+    from search.tensorboard import TensorBoard
+
+    with closing(TensorBoard(progress, folder / "tensorboard")) as watcher:
+        yield watcher
 
 
 def _print_outcome(console: Any, outcome: CampaignOutcome, *, as_json: bool) -> None:
@@ -267,6 +291,24 @@ def top_command(
         console = Console()
         console.print(trial_table(chosen, f"{title} of {folder}"))
         _print_lines(console, [(f"trial {trial.id}", trial.architecture) for trial in chosen])
+
+
+@app.command("trials")
+def trials_command(
+    folder: Folder,
+    out: Annotated[Path, typer.Option("--out", help="FILE.csv or FILE.parquet.")],
+    as_json: Json = False,
+) -> None:
+    """Write all trials of a campaign as a table for other tools."""
+    from search.campaign import open_to_read
+    from search.trial_export import export_trials
+
+    with closing(open_to_read(folder)) as store:
+        written = export_trials(store, out)
+    if as_json:
+        print_json({"file": str(out), "trials": written})
+    else:
+        print(f"trials     {written:,} in {out}")
 
 
 @app.command("report")

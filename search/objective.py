@@ -16,11 +16,11 @@ for networks of perfect accuracy, the slope of `soft` at the target.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import field
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
 
 from search.trial import RewardParts
 from space.records import record
@@ -82,7 +82,7 @@ class ObjectiveConfig:
     alpha: float | None = None
     beta: float | None = None
     reject_above: float | None = None
-    caps: dict[Capped, float] = Field(default_factory=dict)
+    caps: dict[Capped, float] = field(default_factory=dict)
     other_targets_ms: dict[str, float] | None = None
     device_weights: dict[str, float] | None = None
 

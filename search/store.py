@@ -365,6 +365,10 @@ class Store:
         values = [value for value in conditions.values() if value is not None]
         return list(self._trials(f"WHERE {' AND '.join(conditions)} ORDER BY id", values))
 
+    def others(self) -> list[Trial]:
+        """Return the trials that are not the search's, in the order in which they were made."""
+        return list(self._trials(f"WHERE NOT {_SEARCHED} ORDER BY id DESC"))
+
     def best(self, count: int) -> list[Trial]:
         """Return the `count` different networks of the search with the highest reward, best first.
 

@@ -1,0 +1,71 @@
+"""What other tools read of a campaign: tables of its trials, TensorBoard's curves."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+from campaigns import mnas, write_synthetic
+
+from search.config import load_campaign_config
+from search.engine import Silent, start
+from search.store import Store
+from search.tensorboard import TensorBoard
+from search.trial import Trial
+
+
+@pytest.fixture(scope="module")
+def campaign(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("campaign")
+    config = load_campaign_config(str(write_synthetic(folder, trials=24)), ["baseline_share=0.25"])
+    watcher = TensorBoard(Silent(), folder / "run" / "tensorboard")
+    start(config, folder / "other", watcher)
+    watcher.close()
+    (folder / "other").rename(folder / "campaign")
+    return folder
+
+
+def trials_of(folder: Path) -> list[Trial]:
+    return Store(folder / "campaign" / "campaign.db", read_only=True).trials()
+
+
+def test_a_csv_file_holds_every_trial_with_its_figures(campaign: Path, tmp_path: Path) -> None:
+    out = tmp_path / "trials.csv"
+    done = mnas("trials", str(campaign / "campaign"), "--out", str(out), "--json")
+    assert json.loads(done.stdout) == {"file": str(out), "trials": 24}
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    for row, trial in zip(rows, trials_of(campaign), strict=True):
+        assert int(row["trial"]) == trial.id
+        assert row["role"] == trial.role
+        assert row["architecture"] == trial.architecture
+        assert json.loads(row["tokens"]) == list(trial.tokens)
+        assert json.loads(row["metrics"]) == (trial.metrics or {})
+        assert (float(row["reward"]) if row["reward"] else None) == trial.reward
+
+
+def test_a_parquet_file_holds_the_same(campaign: Path, tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="the [parquet] extra is missing")
+    out = tmp_path / "trials.parquet"
+    done = mnas("trials", str(campaign / "campaign"), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    table = parquet.read_table(out).to_pydict()
+    assert table["trial"] == [trial.id for trial in trials_of(campaign)]
+    assert table["reward"] == [trial.reward for trial in trials_of(campaign)]
+
+
+def test_another_suffix_is_refused_in_one_sentence(campaign: Path, tmp_path: Path) -> None:
+    out = tmp_path / "trials.xlsx"
+    done = mnas("trials", str(campaign / "campaign"), "--out", str(out))
+    assert done.returncode == 2
+    assert "must end in .csv or .parquet" in done.stderr
+    assert not out.exists()
+
+
+def test_tensorboard_gets_the_curves_of_a_search(campaign: Path) -> None:
+    (events,) = (campaign / "run" / "tensorboard").glob("events.out.tfevents.*")
+    data = events.read_bytes()
+    for name in ("trial/reward", "trial/accuracy", "trial/latency_ms", "controller/entropy"):
+        assert name.encode() in data
