@@ -1,17 +1,22 @@
 """What the engine itself costs: trials per second, memory, database, with an instant evaluator.
 
     python benchmarks/engine.py [--trials 20000] [--ray-trials 2000] [--use-trials 160]
+    python benchmarks/engine.py --rows 1000000 --trials 0 --ray-trials 0 --use-trials 0
 
 Every trial is committed on its own. Serial: the whole campaign in this process, the random
 controller. Ray: the same through Ray workers, beside bare Ray: actor calls of the same function at
-the same concurrency that record nothing, the two taking turns in one run.
+the same concurrency that record nothing, the two taking turns in one run. Rows: what a large
+campaign's reader waits for; its rows are copies of a small campaign's, with rewards of their own.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
+import sqlite3
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -216,6 +221,59 @@ def use_of_workers(trials: int, workers: int) -> None:
         print(f"  {100 * busy / (workers * (high - low)):8.1f} % {mode}")
 
 
+def large_campaign(rows: int) -> None:
+    """Print how long status, top, resume and report take on a campaign of so many trials."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "campaign"
+        with folders.create(path, config(1008, {"name": "serial"})) as campaign:
+            make_search(campaign, Parts(campaign.config), Silent()).run()
+        _copy_rows(path / "campaign.db", rows)
+        print(f"a campaign of {rows:,} trials")
+        commands = {
+            "status": ["status", str(path)],
+            "top": ["top", str(path)],
+            "report": ["report", str(path)],
+        }
+        for name, arguments in commands.items():
+            started = time.perf_counter()
+            subprocess.run(
+                [sys.executable, "-m", "search", *arguments],
+                check=True, stdout=subprocess.DEVNULL, timeout=600,
+            )  # fmt: skip
+            print(f"  {time.perf_counter() - started:8.2f} s {name}")
+        started = time.perf_counter()
+        wanted = folders.resumed_config(path, [f"stop.trials={rows + 16}"])
+        with folders.continue_with(path, wanted) as campaign:
+            make_search(campaign, Parts(wanted), Silent()).run()
+        print(f"  {time.perf_counter() - started:8.2f} s resume, with 16 trials more")
+        print(f"  {(path / 'report.html').stat().st_size / 1e6:8.1f} MB report.html")
+
+
+def _copy_rows(database: Path, rows: int) -> None:
+    """Fill a campaign's database up with copies of its trials and updates."""
+    db = sqlite3.connect(database)
+    (done,) = db.execute("SELECT count(*) FROM trial").fetchone()
+    columns = [row[1] for row in db.execute("PRAGMA table_info(trial)")]
+    changed = {
+        "id": "trial.id + ?1", "batch": "batch + ?1 / 16", "proposal_id": "proposal_id + ?1",
+        "reward": "reward * (0.9 + (trial.id * 7919 + ?1) % 1000 / 1e4)",
+        "architecture_hash": "substr(architecture_hash, 1, 8) || printf('%08x', ?1)",
+    }  # fmt: skip
+    values = ", ".join(changed.get(name, name) for name in columns)
+    copy = f"INSERT INTO trial SELECT {values} FROM trial WHERE id < {done} AND id + ?1 < {rows}"
+    for start in range(done, rows, done):
+        db.execute(copy, (start,))
+        db.execute(
+            "INSERT INTO batch_update SELECT batch + ?1, (SELECT json_group_array(value + ?2)"
+            f" FROM json_each(trial_ids)), diagnostics, created_at FROM batch_update"
+            f" WHERE batch < {done // 16} AND batch + ?1 < {rows} / 16",
+            (start // 16, start),
+        )
+    db.execute(f"UPDATE snapshot SET batch = {rows} / 16 - 1")
+    db.commit()
+    db.close()
+
+
 def main() -> None:
     """Print all figures."""
     parser = argparse.ArgumentParser(description="What the engine itself costs.")
@@ -223,6 +281,7 @@ def main() -> None:
     parser.add_argument("--ray-trials", type=int, default=2000)
     parser.add_argument("--use-trials", type=int, default=160)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     if args.trials:
@@ -231,6 +290,8 @@ def main() -> None:
         use_of_workers(args.use_trials, 8)
     if args.ray_trials:
         through_ray(args.ray_trials, args.workers, args.rounds)
+    if args.rows:
+        large_campaign(args.rows)
 
 
 if __name__ == "__main__":

@@ -4,11 +4,16 @@
     python benchmarks/search_efficiency.py
     python benchmarks/search_efficiency.py --devices a100 zcu102 --objectives soft50 --processes 2
     python benchmarks/search_efficiency.py --controllers evolution:population=50,sample_size=10
+    python benchmarks/search_efficiency.py --controllers guided:latencies_per_trial=4 --costs
+    python benchmarks/search_efficiency.py --budgets 100 250 500 1000 --plot regret.svg
 
 A run is one controller on one device and objective with one seed: batches of proposals get the
 surrogates' accuracy and latency with measured noise, and the regret after each budget is the best
-known reward less the best noise-free reward found. Objectives: soft50 is the soft reward with the
-median latency as target, hard25 the hard one with the lower quartile.
+known reward less the best noise-free reward found. The pick's is that of the network that the
+controller would hand over, `recommend`, after the last batch that the budget holds. Objectives:
+soft50 is the soft reward with the median latency as target, hard25 the hard one with the lower
+quartile. A controller that asks for latencies before it proposes (`probe`) gets them, with noise;
+its column is marked.
 
 Runs are appended to runs.csv in the cache folder as they end, and never repeated: kill the program
 and call it again. A row is known by the controller's resolved settings; where a controller's code
@@ -28,14 +33,18 @@ import multiprocessing
 import os
 import statistics
 import sys
+import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import psutil
+import regret_plot
 
 from controller.base import Proposal, Result
 from controller.registry import (
@@ -48,6 +57,7 @@ from space.cost import count
 from space.errors import ConfigError
 from space.records import apply_overrides, build, record, to_plain
 from space.search_space import load_space
+from space.tokens import Tokens
 
 FOLDER_VARIABLE = "MNAS_ACCEL_NASBENCH"
 
@@ -63,11 +73,19 @@ COUNTERPARTS = {
 }
 
 FIELDS = ("settings", "device", "objective", "seed", "batch", "budget")
-FIGURES = ("regret", "regret_inc", "distinct", "ms_per_eval")
+#: Regrets are fractions; the pick's is empty where the controller has no opinion. The extra
+#: latencies and the process's CPU time are per trial up to the budget.
+FIGURES = ("regret", "regret_inc", "pick", "distinct", "latencies", "cpu_ms", "rss_mb")
 
 #: Where the harness has a block's expansion, kernel, layers and squeeze-and-excitation, the space
 #: has operation, kernel, squeeze-and-excitation and layers.
 SPACE_TO_HARNESS = [4 * block + k for block in range(7) for k in (0, 1, 3, 2)]
+
+#: A device, an objective and a budget.
+Cell = tuple[str, str, int]
+
+#: The values whose median a table's column shows in a cell's line.
+Column = Callable[[Cell], Sequence[float]]
 
 
 @record
@@ -106,44 +124,82 @@ class Run:
 
 
 class _Optimizer:
-    """A controller as the harness calls it."""
+    """A controller as the harness calls it; takes notes at the budgets."""
 
-    def __init__(self, config: BuiltInControllerConfig, problem: Any, seed: int) -> None:
+    def __init__(self, run: Run, problem: Any) -> None:
         space = load_space("accel_nasbench")
 
         def score(accuracy: Any, metrics: Mapping[str, Any]) -> Any:
             return problem.reward(100 * np.asarray(accuracy), metrics["latency_ms"])
 
-        def metrics_of(tokens: tuple[int, ...]) -> dict[str, float]:
+        def metrics_of(tokens: Tokens) -> dict[str, float]:
             cost = count(space.decode(tokens))
             return {"macs": float(cost.macs), "parameters": float(cost.parameters)}
 
-        rng = np.random.default_rng(seed)
+        rng = np.random.default_rng(run.seed)
         self._controller = make_controller(
-            config, space.num_choices, rng, score=score, metrics_of=metrics_of
+            run.config, space.num_choices, rng, score=score, metrics_of=metrics_of
         )
+        self._problem = problem
+        self._budgets = run.budgets
         self._proposals: list[Proposal] = []
+        self._trials = self._latencies = 0
+        self._cpu_s = 0.0
+        self.notes: dict[int, dict[str, object]] = {}
 
     def ask(self, n: int) -> list[list[int]]:
+        for budget in self._budgets:
+            if self._trials < budget < self._trials + n:
+                self._take_note(budget)
+        start = time.process_time()
+        probed = self._controller.probe(n)
+        if probed:
+            _, latencies_ms, _, _ = self._problem.observe([harness_vector(t) for t in probed])
+            metrics = [{"latency_ms": float(latency_ms)} for latency_ms in latencies_ms]
+            self._controller.observe_metrics(list(zip(probed, metrics, strict=True)))
+            self._latencies += len(probed)
         self._proposals = self._controller.propose(n)
-        return [[p.tokens[k] for k in SPACE_TO_HARNESS] for p in self._proposals]
+        self._cpu_s += time.process_time() - start
+        return [harness_vector(p.tokens) for p in self._proposals]
 
     def tell(self, results: Sequence[tuple[Any, float, float, float]]) -> None:
-        self._controller.update(
-            [
-                Result(
-                    proposal,
-                    "completed",
-                    reward=reward,
-                    accuracy=percent / 100,
-                    metrics={"latency_ms": latency_ms},
-                    fidelity=1.0,
-                )
-                for proposal, (_, reward, percent, latency_ms) in zip(
-                    self._proposals, results, strict=True
-                )
-            ]
-        )
+        made = [
+            Result(
+                proposal,
+                "completed",
+                reward=reward,
+                accuracy=percent / 100,
+                metrics={"latency_ms": latency_ms},
+                fidelity=1.0,
+            )
+            for proposal, (_, reward, percent, latency_ms) in zip(
+                self._proposals, results, strict=True
+            )
+        ]
+        start = time.process_time()
+        self._controller.update(made)
+        self._cpu_s += time.process_time() - start
+        self._trials += len(made)
+        if self._trials in self._budgets:
+            self._take_note(self._trials)
+
+    def _take_note(self, budget: int) -> None:
+        picks = self._controller.recommend(1)
+        regret: object = ""
+        if picks:
+            accuracy, latency_ms = self._problem.true([harness_vector(picks[0])])
+            regret = self._problem.best - float(self._problem.reward(accuracy, latency_ms)[0])
+        self.notes[budget] = {
+            "pick": regret,
+            "latencies": self._latencies / self._trials,
+            "cpu_ms": 1000 * self._cpu_s / self._trials,
+            "rss_mb": psutil.Process().memory_info().rss / 2**20,
+        }
+
+
+def harness_vector(tokens: Tokens) -> list[int]:
+    """Return tokens in the harness's order of decisions."""
+    return [tokens[k] for k in SPACE_TO_HARNESS]
 
 
 def folder() -> Path:
@@ -174,20 +230,28 @@ def evaluate(run: Run) -> tuple[Run, list[list[object]]]:
     """Return a run and the FIGURES of its rows."""
     harness = load_harness()
     problem = harness.Problem(run.device, run.objective[:4], int(run.objective[4:]), seed=run.seed)
-    optimizer = _Optimizer(run.config, problem, run.seed)
+    optimizer = _Optimizer(run, problem)
     found = harness.run(optimizer, problem, budgets=run.budgets, batch=run.batch)
-    return run, [
-        [*(found["metrics"][budget][name] for name in FIGURES[:3]), found["ms_per_eval"]]
-        for budget in run.budgets
-    ]
+    figures = [found["metrics"][budget] | optimizer.notes[budget] for budget in run.budgets]
+    return run, [[row[name] for name in FIGURES] for row in figures]
 
 
 def read_rows(path: Path) -> dict[tuple[str, ...], dict[str, str]]:
-    """Return the rows of earlier calls by their FIELDS."""
+    """Return the rows of earlier calls by their FIELDS.
+
+    Raises:
+        ConfigError: The file has other columns.
+    """
     if not path.exists():
         return {}
     with path.open(newline="") as file:
-        return {tuple(row[name] for name in FIELDS): row for row in csv.DictReader(file)}
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != FIELDS + FIGURES:
+            raise ConfigError(
+                f"{path} must have the columns {', '.join(FIELDS + FIGURES)}, but got"
+                f" {', '.join(reader.fieldnames or ())}; name another --cache."
+            )
+        return {tuple(row[name] for name in FIELDS): row for row in reader}
 
 
 def evaluate_all(runs: Sequence[Run], path: Path, processes: int) -> None:
@@ -226,60 +290,132 @@ def recorded_regrets(batch: int) -> dict[tuple[str, str, str, int], list[float]]
     return dict(found)
 
 
-def print_table(arguments: argparse.Namespace, rows: Mapping[tuple[str, ...], Any]) -> None:
-    """Print a line per device, objective and budget; a column per controller and method."""
-    recorded = recorded_regrets(arguments.batch)
-    columns = [*arguments.controllers, *(f"[{method}]" for method in arguments.against)]
-    print("median regret in points; [recorded runs]")
-    widths = [max(len(column) + 2, 9) for column in columns]
-    print(f"{'':22}" + "".join(f"{c:>{w}}" for c, w in zip(columns, widths, strict=True)))
-    good: dict[str, list[bool]] = defaultdict(list)
-    cells = itertools.product(arguments.devices, arguments.objectives, sorted(arguments.budgets))
-    for device, objective, budget in cells:
-        values: list[float | None] = []
-        for text in arguments.controllers:
-            regrets = _regrets(rows, arguments, text, device, objective, budget)
-            values.append(statistics.median(regrets))
-            counterpart = COUNTERPARTS.get(text.partition(":")[0], "")
-            theirs = recorded.get((counterpart, device, objective, budget), [])
-            if len(theirs) > 1:
-                upper = statistics.quantiles(theirs, n=4)[2]
-                good[text].append(statistics.median(regrets) <= upper)
-        for method in arguments.against:
-            theirs = recorded.get((method, device, objective, budget), [])
-            values.append(statistics.median(theirs) if theirs else None)
-        shown = (
-            f"{'-' if value is None else format(value, '.3f'):>{width}}"
-            for value, width in zip(values, widths, strict=True)
+@dataclass(frozen=True)
+class Found:
+    """What was asked for on the command line, and the rows and recorded runs that answer it."""
+
+    arguments: argparse.Namespace
+    rows: Mapping[tuple[str, ...], Mapping[str, str]]
+    recorded: Mapping[tuple[str, str, str, int], Sequence[float]]
+
+    def cells(self) -> list[Cell]:
+        """Return the device, objective and budget of each line, in order."""
+        given = self.arguments
+        return list(itertools.product(given.devices, given.objectives, sorted(given.budgets)))
+
+    def figures(self, text: str, cell: Cell, name: str) -> list[float]:
+        """Return a controller's figures, one for each seed that has one."""
+        device, objective, budget = cell
+        settings, batch = settings_text(controller_config(text)), str(self.arguments.batch)
+        keys = (
+            (settings, device, objective, str(seed), batch, str(budget))
+            for seed in seeds(self.arguments)
         )
-        print(f"{device:8}{objective:8}{budget:>6}  " + "".join(shown))
-    for text, cell_is_good in good.items():
-        print(
-            f"{text}: at or below the upper quartile of the recorded"
-            f" {COUNTERPARTS[text.partition(':')[0]]} in {sum(cell_is_good)} of"
-            f" {len(cell_is_good)} cells"
-        )
+        values = (self.rows[key][name] for key in keys)
+        return [float(value) for value in values if value]
+
+    def regrets(self, text: str, cell: Cell) -> list[float]:
+        """Return a controller's regrets in points."""
+        return [100 * regret for regret in self.figures(text, cell, "regret")]
+
+    def picks(self, text: str, cell: Cell) -> list[float]:
+        """Return the regrets of a controller's picks in points."""
+        return [100 * regret for regret in self.figures(text, cell, "pick")]
+
+    def of_method(self, method: str, cell: Cell) -> Sequence[float]:
+        """Return a recorded method's regrets in points."""
+        return self.recorded.get((method, *cell), [])
 
 
-def _regrets(
-    rows: Mapping[tuple[str, ...], Any],
-    arguments: argparse.Namespace,
-    text: str,
-    device: str,
-    objective: str,
-    budget: int,
-) -> list[float]:
-    """A controller's regrets in points, one for each seed."""
-    settings = settings_text(controller_config(text))
-    return [
-        100
-        * float(
-            rows[(settings, device, objective, str(seed), str(arguments.batch), str(budget))][
-                "regret"
-            ]
-        )
-        for seed in range(arguments.seeds)
-    ]
+def seeds(arguments: argparse.Namespace) -> range:
+    """Return the seeds that were asked for."""
+    return range(arguments.first_seed, arguments.first_seed + arguments.seeds)
+
+
+def print_regrets(found: Found) -> None:
+    """Print the medians of regrets and picks, and what the marked controllers asked for."""
+    texts, methods = found.arguments.controllers, found.arguments.against
+    columns: list[tuple[str, Column]] = []
+    notes = []
+    for text in texts:
+        extra = [x for cell in found.cells() for x in found.figures(text, cell, "latencies")]
+        mark = "*" if any(extra) else ""
+        if mark:
+            notes.append(f"* {text} asked for {max(extra):.1f} extra latencies per trial")
+        columns.append((text + mark, partial(found.regrets, text)))
+        columns.append((f"pick{mark}", partial(found.picks, text)))
+    columns += [(f"[{method}]", partial(found.of_method, method)) for method in methods]
+    given = seeds(found.arguments)
+    print(
+        f"median regret in points, seeds {given[0]} to {given[-1]}, batch {found.arguments.batch};"
+        " evaluator: the prepared harness surrogates; [recorded runs]"
+    )
+    print_medians(found, columns, "{:.3f}")
+    print("\n".join([*notes, *_beside_recorded(found)]))
+
+
+def draw(found: Found, path: Path) -> None:
+    """Draw the controllers' regrets against trials, and the recorded methods' as far as those."""
+    given = found.arguments
+    panels: dict[tuple[str, str], dict[str, dict[int, Sequence[float]]]] = {}
+    for problem in itertools.product(given.devices, given.objectives):
+        curves = panels[problem] = {
+            text: {budget: found.regrets(text, (*problem, budget)) for budget in given.budgets}
+            for text in given.controllers
+        }
+        for (method, *where, budget), regrets in found.recorded.items():
+            if method in given.against and where == [*problem] and budget <= max(given.budgets):
+                curves.setdefault(f"recorded {method}", {})[budget] = regrets
+    leaders = {
+        COUNTERPARTS[name]: text
+        for text in reversed(given.controllers)
+        if (name := text.partition(":")[0]) in COUNTERPARTS
+    }
+    recorded = {f"recorded {m}": leaders.get(m, f"recorded {m}") for m in given.against}
+    regret_plot.draw(path, panels, recorded)
+
+
+def print_costs(found: Found) -> None:
+    """Print what the controllers themselves took."""
+    print("median CPU time in ms per trial up to the budget, and the process's memory in MB then")
+    columns: list[tuple[str, Column]] = []
+    for text in found.arguments.controllers:
+        columns.append((f"{text} ms", partial(found.figures, text, name="cpu_ms")))
+        columns.append(("MB", partial(found.figures, text, name="rss_mb")))
+    print_medians(found, columns, "{:.1f}")
+
+
+def print_medians(found: Found, columns: Sequence[tuple[str, Column]], form: str) -> None:
+    """Print a line per device, objective and budget with the median in each column."""
+    widths = [max(len(heading) + 2, 9) for heading, _ in columns]
+    headings = zip(columns, widths, strict=True)
+    print(f"{'':22}" + "".join(f"{heading:>{width}}" for (heading, _), width in headings))
+    for cell in found.cells():
+        device, objective, budget = cell
+        line = f"{device:8}{objective:8}{budget:>6}"
+        for (_, values_at), width in zip(columns, widths, strict=True):
+            values = values_at(cell)
+            shown = form.format(statistics.median(values)) if values else "-"
+            line += f"{shown:>{width}}"
+        print(line)
+
+
+def _beside_recorded(found: Found) -> list[str]:
+    """How often each controller is as good as the recorded method that it should come up to."""
+    lines = []
+    for text in found.arguments.controllers:
+        counterpart = COUNTERPARTS.get(text.partition(":")[0], "")
+        good = [
+            statistics.median(found.regrets(text, cell)) <= statistics.quantiles(theirs, n=4)[2]
+            for cell in found.cells()
+            if len(theirs := found.of_method(counterpart, cell)) > 1
+        ]
+        if good:
+            lines.append(
+                f"{text}: at or below the upper quartile of the recorded {counterpart} in"
+                f" {sum(good)} of {len(good)} cells"
+            )
+    return lines
 
 
 def _arguments() -> argparse.Namespace:
@@ -290,17 +426,20 @@ def _arguments() -> argparse.Namespace:
     add("--controllers", nargs="+", default=list(CONTROLLERS))
     add("--devices", nargs="+", default=["a100"])
     add("--objectives", nargs="+", default=["soft50", "hard50"])
-    add("--seeds", type=int, default=10, help="seeds 0 to SEEDS - 1")
+    add("--seeds", type=int, default=10, help="how many")
+    add("--first-seed", type=int, default=0)
     add("--budgets", nargs="+", type=int, default=[250, 1000], help="trials")
     add("--batch", type=int, default=16)
     add("--processes", type=int, default=1)
     add("--cache", type=Path, default=Path("runs/search_efficiency"), help="folder of runs.csv")
     add("--against", nargs="+", default=list(COUNTERPARTS.values()))
+    add("--costs", action="store_true", help="print the controllers' CPU time and memory too")
+    add("--plot", type=Path, help="draw medians and quartiles into this SVG or PNG")
     return parser.parse_args()
 
 
 def run_missing(arguments: argparse.Namespace) -> None:
-    """Run what is missing, then print the table.
+    """Run what is missing, then print the tables and draw.
 
     Raises:
         ConfigError: There are no data, or a controller's settings are wrong.
@@ -309,7 +448,7 @@ def run_missing(arguments: argparse.Namespace) -> None:
     os.environ.setdefault("NUMBA_CACHE_DIR", str(arguments.cache.resolve() / "numba"))
     path = arguments.cache / "runs.csv"
     done = read_rows(path)
-    problems = itertools.product(arguments.devices, arguments.objectives, range(arguments.seeds))
+    problems = itertools.product(arguments.devices, arguments.objectives, seeds(arguments))
     wanted = [
         Run(
             controller_config(text), device, objective, seed, arguments.batch,
@@ -320,7 +459,12 @@ def run_missing(arguments: argparse.Namespace) -> None:
     missing = [run for run in wanted if not all(key in done for key in run.keys())]
     if missing:
         evaluate_all(missing, path, arguments.processes)
-    print_table(arguments, read_rows(path))
+    found = Found(arguments, read_rows(path), recorded_regrets(arguments.batch))
+    print_regrets(found)
+    if arguments.costs:
+        print_costs(found)
+    if arguments.plot:
+        draw(found, arguments.plot)
 
 
 def main() -> None:

@@ -9,8 +9,16 @@ one thread:
     controller.observe(results)            # trials that it did not propose, e.g. a baseline
     controller.recommend(n)                # at the end: what to hand over
 
-`state_dict` holds everything that the next proposal depends on, the RNG included: after
-`load_state_dict` in a new process the same calls give the same values, bit for bit.
+Where metrics can be measured without a training, an engine may ask before it proposes which ones a
+controller would like to know:
+
+    tokens = controller.probe(n)           # may advance the controller's RNG
+    controller.observe_metrics(metrics)    # (tokens, metrics) pairs; what failed is left out
+    proposals = controller.propose(n)
+
+`state_dict` holds everything that the next proposal depends on, the RNG and what was asked for and
+observed included: after `load_state_dict` in a new process the same calls give the same values,
+bit for bit.
 """
 
 from __future__ import annotations
@@ -105,14 +113,13 @@ class Controller(ABC):
         """Take note of trials that it did not propose; a controller may ignore them."""
 
     def probe(self, count: int) -> list[tuple[int, ...]]:
-        """Return tokens whose metrics alone it asks for before it proposes `count`; none at first.
+        """Return tokens whose metrics alone it asks for before it proposes `count`.
 
-        Where metrics take no training, e.g. a latency on a device that is free, the engine calls
-        `probe`, `observe_metrics` with what it found, and `propose`.
+        The default asks for none.
         """
         return []
 
-    def observe_metrics(
+    def observe_metrics(  # noqa: B027  (a controller that asks for none has no use for them)
         self, metrics: Sequence[tuple[tuple[int, ...], Mapping[str, float]]]
     ) -> None:
         """Take note of (tokens, name -> value) pairs; tokens that failed are left out."""

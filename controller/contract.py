@@ -18,6 +18,7 @@ from controller.base import (
     state_to_bytes,
 )
 from space.checks import CheckResult
+from space.tokens import Tokens
 
 Make = Callable[[np.random.Generator], Controller]
 
@@ -45,6 +46,8 @@ def check_controller(make: Make, num_choices: Sequence[int]) -> list[CheckResult
         ("update takes results in any order while others are open", _any_order),
         ("update takes equal rewards", _equal_rewards),
         ("observe takes trials that it did not propose", _observe),
+        ("probe names tokens of the space, and their metrics are taken", _probe),
+        ("a state saved after observe_metrics continues identically", _continues_after_metrics),
         ("diagnostics are finite numbers", _diagnostics),
         ("a saved state continues identically", _continues),
         ("a state saved between propose and update continues identically", _continues_inside),
@@ -62,6 +65,11 @@ def synthetic_reward(tokens: Sequence[int], num_choices: Sequence[int]) -> float
     return float(0.7 * level + 0.3 * agree)
 
 
+def synthetic_metrics(tokens: Sequence[int]) -> dict[str, float]:
+    """Metrics that grow with the tokens."""
+    return {"latency_ms": 1.0 + sum(tokens)}
+
+
 def synthetic_result(
     proposal: Proposal, num_choices: Sequence[int], outcome: Outcome = "completed"
 ) -> Result:
@@ -73,7 +81,7 @@ def synthetic_result(
         outcome,
         reward=reward,
         accuracy=reward,
-        metrics={"latency_ms": 1.0 + sum(proposal.tokens)} if done else {},
+        metrics=synthetic_metrics(proposal.tokens) if done else {},
         fidelity=1.0 if done else 0.0,
         reused=outcome == "reused",
         cause="architecture" if outcome == "failed" else None,
@@ -137,14 +145,13 @@ def _ids(make: Make, num_choices: tuple[int, ...]) -> str:
 
 def _tokens(make: Make, num_choices: tuple[int, ...]) -> str:
     for proposal in _long_play(make, num_choices):
-        fault = _token_fault(proposal, num_choices)
+        fault = _token_fault(proposal.tokens, num_choices)
         if fault:
             return fault
     return ""
 
 
-def _token_fault(proposal: Proposal, num_choices: tuple[int, ...]) -> str:
-    tokens = proposal.tokens
+def _token_fault(tokens: Tokens, num_choices: tuple[int, ...]) -> str:
     if not isinstance(tokens, tuple) or any(type(token) is not int for token in tokens):
         return f"tokens must be a tuple of int, but got {tokens!r}"
     if len(tokens) != len(num_choices):
@@ -236,6 +243,38 @@ def _observe(make: Make, num_choices: tuple[int, ...]) -> str:
     return _health(controller, num_choices)
 
 
+def _probe(make: Make, num_choices: tuple[int, ...]) -> str:
+    controller = make(np.random.default_rng(3))
+    for _ in range(6):
+        for tokens in _probe_and_tell(controller):
+            fault = _token_fault(tokens, num_choices)
+            if fault:
+                return f"probe: {fault}"
+        play(controller, num_choices, rounds=1)
+    controller.observe_metrics([])  # every measurement failed
+    return _health(controller, num_choices)
+
+
+def _probe_and_tell(controller: Controller) -> list[Tokens]:
+    """What it would like to know; it is told but for the last, whose measurement failed."""
+    wanted = controller.probe(4)
+    measured = [(tokens, synthetic_metrics(tokens)) for tokens in wanted[:-1]]
+    controller.observe_metrics(measured)
+    return wanted
+
+
+def _continues_after_metrics(make: Make, num_choices: tuple[int, ...]) -> str:
+    controller = make(np.random.default_rng(5))
+    play(controller, num_choices)
+    _probe_and_tell(controller)
+    restored = _restored(make, controller.state_dict())
+    if _probe_and_tell(controller) != _probe_and_tell(restored):
+        return "the restored controller would like to know others"
+    return _difference(play(controller, num_choices), play(restored, num_choices)) or (
+        _state_difference(controller, restored)
+    )
+
+
 def _diagnostics(make: Make, num_choices: tuple[int, ...]) -> str:
     controller = make(np.random.default_rng(3))
     fault = _diagnostics_fault(controller)
@@ -254,7 +293,7 @@ def _diagnostics_fault(controller: Controller) -> str:
 def _health(controller: Controller, num_choices: tuple[int, ...]) -> str:
     """Faults of the next proposals, the diagnostics and the state."""
     for proposal in controller.propose(3):
-        fault = _token_fault(proposal, num_choices)
+        fault = _token_fault(proposal.tokens, num_choices)
         if fault or not math.isfinite(proposal.log_prob):
             return fault or f"log_prob became {proposal.log_prob!r}"
     fault = _diagnostics_fault(controller)

@@ -5,13 +5,14 @@ rewards from them by the objective's own formula, and takes the best new tokens 
 Thompson sampling (Thompson, 1933; in batches: Kandasamy et al., "Parallelised Bayesian
 Optimisation via Thompson Sampling", AISTATS 2018). With many decisions the draws of a posterior
 proper wander: what they gain by chance, summed over all decisions, outweighs what is known. So
-their deviations from the mean are scaled down.
+their deviations from the mean are scaled down, and every other draw is the mean itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -48,11 +49,13 @@ class GuidedConfig:
 
     Attributes:
         initial: Proposals that cover the space evenly before the models choose.
-        exploration: Scale of the draws' deviations from the posteriors' means; every other draw
-            has half of it. 1 is Thompson sampling proper; 0 trusts the means.
+        exploration: Scale of the draws' deviations from the posteriors' means; 1 is Thompson
+            sampling proper. Every other draw is the means themselves, whatever the scale.
         starts: Climbs per draw, half of them from the best tokens evaluated.
         max_trials: How many trials the models hold. Beyond, they forget every other one of the
             worse half, so that time and memory stay the same.
+        latencies_per_trial: How many networks `probe` names per proposal, for a campaign that
+            measures latency (or another metric) without a training.
     """
 
     name: Literal["guided"] = "guided"
@@ -60,6 +63,7 @@ class GuidedConfig:
     exploration: float = 0.6
     starts: int = 8
     max_trials: int = 1200
+    latencies_per_trial: int = 0
 
     def __post_init__(self) -> None:
         if not 2 <= self.initial <= 10_000:
@@ -70,6 +74,10 @@ class GuidedConfig:
             raise ValueError(f"starts must be in [2, 1000], but got {self.starts!r}")
         if not 100 <= self.max_trials <= 10_000:
             raise ValueError(f"max_trials must be in [100, 10000], but got {self.max_trials!r}")
+        if not 0 <= self.latencies_per_trial <= 20:
+            raise ValueError(
+                f"latencies_per_trial must be in [0, 20], but got {self.latencies_per_trial!r}"
+            )
 
 
 class Guided(Controller):
@@ -145,23 +153,47 @@ class Guided(Controller):
         self._seen.add(result.proposal.tokens for result in results)
         self._learn(results)
 
-    def recommend(self) -> Tokens:
-        """Return the evaluated tokens for which the models' means give the best reward.
+    def probe(self, count: int) -> list[Tokens]:
+        """Return the best tokens of `count` draws whose metrics it did not ask for before.
 
-        Where accuracies are noisy, the best observed reward is a lucky one.
+        None before the models choose, or if the reward depends on no metric that they know of.
+        """
+        each = self.config.latencies_per_trial
+        if not each or self._next_id < len(self._initial) or not self._surrogate.models_metrics:
+            return []
+        surrogate, asked = self._surrogate, list[Tokens]()
+        with self._one_blas_thread():
+            for candidates in self._draws(self._next_id, count):
+                new = (tokens for tokens in candidates if not surrogate.knows_metrics(tokens))
+                for tokens in islice(new, each):
+                    surrogate.ask_for_metrics(tokens)
+                    asked.append(tokens)
+        return asked
+
+    def observe_metrics(self, metrics: Sequence[tuple[Tokens, Mapping[str, float]]]) -> None:
+        """Add metrics to the models' data.
 
         Raises:
-            ValueError: There are fewer than two completed trials.
+            ValueError: Tokens do not fit the space.
+        """
+        for tokens, _ in metrics:
+            check_tokens(tokens, self.num_choices)
+        self._surrogate.add_metrics(metrics)
+        self._fit()
+
+    def recommend(self, count: int) -> list[Tokens]:
+        """Return the evaluated tokens for which the models' means give the best rewards.
+
+        Where accuracies are noisy, the best observed reward is a lucky one. None before there are
+        two completed trials.
         """
         if len(self._surrogate) < 2:
-            raise ValueError(
-                "a recommendation needs at least 2 completed trials, but there are"
-                f" {len(self._surrogate)}"
-            )
+            return []
         with self._one_blas_thread():
             one_hot = self._surrogate.one_hot()
             rewards = self._surrogate.value(self._surrogate.mean()(one_hot))
-        return self._surrogate.tokens[int(rewards.argmax())]
+        best = np.argsort(-rewards, kind="stable")[:count]
+        return [self._surrogate.tokens[k] for k in best]
 
     def diagnostics(self) -> dict[str, float]:
         """Return figures after the last update.
@@ -206,6 +238,9 @@ class Guided(Controller):
 
     def _learn(self, results: Sequence[Result]) -> None:
         self._surrogate.add(results)
+        self._fit()
+
+    def _fit(self) -> None:
         if len(self._surrogate) >= 2:
             with self._one_blas_thread():
                 self._surrogate.fit()
@@ -215,26 +250,32 @@ class Guided(Controller):
         if len(self._surrogate) < 2 or self._seen.is_whole_space:
             made = [uniform_tokens(self.num_choices, self._rng) for _ in range(n)]
             return [self._seen.fresh(tokens, self._rng) for tokens in made]
-        surrogate = self._surrogate
-        draws = surrogate.samples(self._scales(n), self._rng)
-        rewards = surrogate.value(draws(surrogate.one_hot()))  # (n, completed)
-        evaluated = np.array(surrogate.tokens)
         chosen: list[Tokens] = []
-        for k in range(n):
-            order = np.argsort(-rewards[k], kind="stable")[: self.config.starts // 2]
-            random = balanced_tokens(self.num_choices, self.config.starts - len(order), self._rng)
-            starts = np.concatenate([evaluated[order], random])
-            candidates = best_first(self._layout, draws[:, k], surrogate.value, starts)
+        for candidates in self._draws(self._next_id - n, n):
             best = next(candidates)
             if best in self._seen:
                 best = next((tokens for tokens in candidates if tokens not in self._seen), best)
             chosen.append(self._seen.fresh(best, self._rng))
         return chosen
 
-    def _scales(self, n: int) -> NDArray[np.float64]:
-        """How far each of `n` draws may deviate from the mean: half as far at odd ids."""
-        odd = np.arange(self._next_id - n, self._next_id) % 2
-        scales: NDArray[np.float64] = self.config.exploration / (1.0 + odd)
+    def _draws(self, first: int, n: int) -> Iterator[Iterator[Tokens]]:
+        """Good tokens of each of `n` draws, for proposals from the id `first` on, best first."""
+        surrogate = self._surrogate
+        draws = surrogate.samples(self._scales(first, n), self._rng)
+        rewards = surrogate.value(draws(surrogate.one_hot()))  # (n, completed)
+        evaluated = np.array(surrogate.tokens)
+        for k in range(n):
+            order = np.argsort(-rewards[k], kind="stable")[: self.config.starts // 2]
+            random = balanced_tokens(self.num_choices, self.config.starts - len(order), self._rng)
+            starts = np.concatenate([evaluated[order], random])
+            yield best_first(self._layout, draws[:, k], surrogate.value, starts)
+
+    def _scales(self, first: int, n: int) -> NDArray[np.float64]:
+        """How far each draw may deviate from the mean: not at all at odd ids, since only what is
+        near the means' best can tell which of it is the best.
+        """
+        even = np.arange(first, first + n) % 2 == 0
+        scales: NDArray[np.float64] = self.config.exploration * even
         return scales
 
 

@@ -72,10 +72,39 @@ class PolicyConfig:
             raise ValueError(f"init_scale must be in (0, 10], but got {self.init_scale!r}")
 
 
+class Tape:
+    """What a forward pass notes down, and room for the backward pass.
+
+    Trials are the last axis: with the weights as left operands BLAS is faster, and each gate's
+    part of an array is contiguous.
+    """
+
+    def __init__(
+        self, decisions: int, choices: int, size: int, n: int, parameters: Floats
+    ) -> None:
+        """Make the arrays for `n` trials of an LSTM with `size` hidden units."""
+        dtype = parameters.dtype
+        # A step's input: the hidden state, and the choice before as one-hot rows. Before the
+        # first decision it is choice 0, see LSTMPolicy._embedded.
+        self.inputs: Floats = np.zeros((size + choices, decisions + 1, n), dtype)
+        self.hidden, self.one_hot = self.inputs[:size], self.inputs[size:]
+        self.one_hot[0, 0] = 1
+        # Input, forget, candidate, output.
+        self.gates: Floats = np.empty((decisions, 4, size, n), dtype)
+        self.cells: Floats = np.zeros((decisions + 1, size, n), dtype)
+        self.tanh_cells: Floats = np.empty((decisions, size, n), dtype)
+        # The backward pass's own.
+        self.slopes: Floats = np.empty_like(self.gates)
+        self.cell_slopes: Floats = np.empty_like(self.tanh_cells)
+        self.d_gates: Floats = np.empty((4 * size, decisions, n), dtype)
+        self.gradient: Floats = np.empty_like(parameters)
+
+
 class Evaluation:
-    """What the policy says of given tokens, and what `LSTMPolicy.backward` needs to know.
+    """What the policy says of tokens.
 
     Attributes:
+        tokens: int64, (n, decisions).
         log_probs: (n, decisions), natural logarithm of each choice's probability given the
             choices before it.
         entropies: (n, decisions), nats, of the distribution that each choice is drawn from.
@@ -84,27 +113,26 @@ class Evaluation:
     def __init__(
         self,
         tokens: Ints,
-        gates: Floats,
-        cells: Floats,
-        tanh_cells: Floats,
-        hidden: Floats,
+        tape: Tape,
         logits: Floats,
         mask: NDArray[np.bool_],
         uniform_share: float,
     ) -> None:
         self.tokens = tokens
-        self.gates = gates  # (decisions, n, 4 hidden): i, f, g, o
-        self.cells = cells  # (decisions + 1, n, hidden)
-        self.tanh_cells = tanh_cells  # (decisions, n, hidden)
-        self.hidden = hidden  # (decisions + 1, n, hidden)
-        self.logits = logits  # (decisions, n, choices), padded
+        self.tape = tape
+        self.logits = logits  # (decisions, choices, n), padded
         self.softmax = _softmax(np.where(mask, logits, -np.inf))
-        self.p = _mix(self.softmax, uniform_share, mask / mask.sum(axis=-1, keepdims=True))
+        self.p = _mix(self.softmax, uniform_share, mask / mask.sum(axis=1, keepdims=True))
         # Padding has p = 0, and so may a choice that the policy has ruled out.
         self.log_p = np.log(np.maximum(self.p, TINY))
-        chosen = tokens.T[:, :, None]
-        self.log_probs: Floats = np.take_along_axis(self.log_p, chosen, axis=2)[:, :, 0].T
-        self.entropies: Floats = -(self.p * self.log_p).sum(axis=2).T
+        self.chosen = tape.one_hot[:, 1:].transpose(1, 0, 2)
+        self.log_probs: Floats = (self.log_p * self.chosen).sum(axis=1).T
+        self.entropies: Floats = -(self.p * self.log_p).sum(axis=1).T
+
+    @property
+    def log_prob(self) -> NDArray[np.float64]:
+        """The log-probability of each trial's tokens, float64 (n,)."""
+        return np.asarray(self.log_probs.sum(axis=1, dtype=np.float64))
 
 
 class LSTMPolicy:
@@ -128,7 +156,8 @@ class LSTMPolicy:
         self.decisions = len(self.num_choices)
         choices = max(self.num_choices)
         self._uniform_share = min(MAX_UNIFORM_SHARE, config.exploration / self.decisions)
-        self._mask = np.arange(choices) < np.array(self.num_choices)[:, None, None]
+        self._choices = np.arange(choices)[:, None]
+        self._mask = self._choices < np.array(self.num_choices)[:, None, None]
         hidden, embedding = config.hidden_size, config.embedding_size
         self.shapes: dict[str, tuple[int, ...]] = {
             "start": (embedding,),
@@ -140,6 +169,8 @@ class LSTMPolicy:
             "output_bias": (self.decisions, 1, choices),
         }
         size = sum(int(np.prod(shape)) for shape in self.shapes.values())
+        #: Mean entropy per decision of the uniform distribution, nats.
+        self.max_entropy = float(np.mean(np.log(self.num_choices)))
         self.parameters: Floats = np.zeros(size, dtype=dtype)
         self.weights = self.views(self.parameters)
         for name, values in self.weights.items():
@@ -155,115 +186,133 @@ class LSTMPolicy:
             start = stop
         return views
 
-    @property
-    def max_entropy(self) -> float:
-        """Mean entropy per decision of the uniform distribution, nats."""
-        return float(np.mean(np.log(self.num_choices)))
-
     @np.errstate(over="ignore")  # see _sigmoid; entered once, since it is slow
-    def sample(self, n: int, rng: np.random.Generator) -> tuple[Ints, NDArray[np.float64]]:
-        """Draw tokens.
+    def sample(
+        self, n: int, rng: np.random.Generator, *, reuse: Evaluation | None = None
+    ) -> Evaluation:
+        """Draw tokens for `n` trials; `evaluate` would return the same about them.
 
-        Returns:
-            int64 (n, decisions), and float64 (n,): their log-probability, the decisions summed.
+        Args:
+            n: Number of trials.
+            rng: What to draw with.
+            reuse: An evaluation that is not needed any more: if it is of as many trials, its tape
+                is overwritten, since fresh memory costs as much as the arithmetic on it.
         """
-        uniform = rng.random((self.decisions, n, 1))
+        uniform = rng.random((self.decisions, n))
         tokens = np.empty((n, self.decisions), dtype=np.int64)
-        log_prob = np.zeros(n)
-        start, table = self._project()
-        hidden = np.zeros((n, self.config.hidden_size), dtype=self.parameters.dtype)
-        cell = np.zeros_like(hidden)
-        gates = np.repeat(start[None], n, axis=0)
-        weight, bias = self.weights["output_weight"], self.weights["output_bias"]
-        rows = np.arange(n)
+        tape = self._tape(n, reuse)
+        output_weight, output_bias = self.weights["output_weight"], self.weights["output_bias"]
+        weight, tables = self._fused()
         for d, choices in enumerate(self.num_choices):
-            if d > 0:
-                gates = table[d - 1, tokens[:, d - 1]]
-            hidden, cell, _ = self._step(gates, hidden, cell)
-            logits = self._bound(hidden @ weight[d, :, :choices] + bias[d, :, :choices])
-            p = _mix(_softmax(logits), self._uniform_share, 1 / choices)
-            cumulative = p.cumsum(axis=1, dtype=np.float64)
+            hidden = self._step(tape, d, weight, tables[d])
+            logits = output_weight[d, :, :choices].T @ hidden + output_bias[d, :, :choices].T
+            p = _mix(_softmax(self._bound(logits)), self._uniform_share, 1 / choices)
+            cumulative = p.cumsum(axis=0, dtype=np.float64)
             # The last sum is left out of the comparison: no draw can fall beyond the last choice.
-            drawn = (uniform[d] * cumulative[:, -1:] >= cumulative[:, :-1]).sum(axis=1)
-            tokens[:, d] = drawn
-            log_prob += np.log(p[rows, drawn])
-        return tokens, log_prob
+            tokens[:, d] = (uniform[d] * cumulative[-1] >= cumulative[:-1]).sum(axis=0)
+            tape.one_hot[:, d + 1] = tokens[:, d] == self._choices
+        return self._evaluation(tokens, tape)
 
     @np.errstate(over="ignore")
-    def evaluate(self, tokens: Ints) -> Evaluation:
-        """Return log-probabilities and entropies of `tokens`, int64 (n, decisions)."""
-        n = len(tokens)
-        start, table = self._project()
-        gates = np.empty((self.decisions, n, 4 * self.config.hidden_size), start.dtype)
-        gates[0] = start
-        gates[1:] = table[np.arange(self.decisions - 1)[:, None], tokens.T[:-1]]
-        hidden = np.zeros((self.decisions + 1, n, self.config.hidden_size), start.dtype)
-        cells, tanh_cells = np.zeros_like(hidden), np.empty_like(hidden[1:])
+    def evaluate(self, tokens: Ints, *, reuse: Evaluation | None = None) -> Evaluation:
+        """Return log-probabilities and entropies of `tokens`, int64 (n, decisions).
+
+        Args:
+            tokens: What to evaluate.
+            reuse: As in `sample`.
+        """
+        tape = self._tape(len(tokens), reuse)
+        tape.one_hot[:, 1:] = tokens.T == self._choices[:, None]
+        weight, tables = self._fused()
         for d in range(self.decisions):
-            hidden[d + 1], cells[d + 1], tanh_cells[d] = self._step(gates[d], hidden[d], cells[d])
-        logits = np.matmul(hidden[1:], self.weights["output_weight"])
-        logits = self._bound(logits + self.weights["output_bias"])
-        return Evaluation(
-            tokens, gates, cells, tanh_cells, hidden, logits, self._mask, self._uniform_share
-        )
+            self._step(tape, d, weight, tables[d])
+        return self._evaluation(tokens, tape)
 
     def backward(self, evaluation: Evaluation, d_log_probs: Floats, d_entropies: Floats) -> Floats:
         """Return the gradient of a loss with respect to `parameters`, laid out like them.
 
         Args:
-            evaluation: Of the tokens that the loss is about, under the present parameters.
+            evaluation: Of the tokens that the loss is about, under the present parameters. Its
+                next use overwrites the gradient, too.
             d_log_probs: (n, decisions), derivative of the loss by each `log_probs`.
             d_entropies: (n, decisions), derivative of the loss by each `entropies`.
         """
-        gradient = np.zeros_like(self.parameters)
-        grads = self.views(gradient)
+        tape = evaluation.tape
+        grads = self.views(tape.gradient)
         d_logits = self._backward_softmax(evaluation, d_log_probs, d_entropies)
-        hidden = evaluation.hidden
-        grads["output_weight"][...] = np.matmul(hidden[1:].transpose(0, 2, 1), d_logits)
-        grads["output_bias"][...] = d_logits.sum(axis=1, keepdims=True)
-        d_hidden = np.matmul(d_logits, self.weights["output_weight"].transpose(0, 2, 1))
-        d_gates = self._backward_lstm(evaluation, d_hidden)
+        after = tape.hidden[:, 1:].transpose(1, 0, 2)
+        np.matmul(after, d_logits.transpose(0, 2, 1), out=grads["output_weight"])
+        grads["output_bias"][...] = d_logits.sum(axis=2)[:, None]
+        self._backward_lstm(tape, np.matmul(self.weights["output_weight"], d_logits))
 
-        flat = d_gates.reshape(-1, d_gates.shape[2])
-        grads["hidden_weight"][...] = hidden[:-1].reshape(len(flat), -1).T @ flat
-        grads["gate_bias"][...] = flat.sum(axis=0)
-        d_start = d_gates[0].sum(axis=0)
-        # The sum over the rows of the batch that made each choice, as a product with one-hot rows.
-        one_hot = evaluation.tokens.T[:-1, None, :] == np.arange(self._mask.shape[2])[:, None]
-        d_table = np.matmul(one_hot.astype(flat.dtype), d_gates[1:])
-        weight, table = self.weights["input_weight"], self.weights["embedding"]
-        d_rows = d_table.reshape(-1, d_table.shape[2])
-        grads["start"][...] = weight @ d_start
-        grads["embedding"][...] = (d_rows @ weight.T).reshape(table.shape)
-        grads["input_weight"][...] = table.reshape(-1, table.shape[2]).T @ d_rows
-        grads["input_weight"] += np.outer(self.weights["start"], d_start)
-        return gradient
+        d_gates = tape.d_gates.reshape(len(tape.d_gates), -1)  # (4 hidden, decisions * n)
+        before = tape.hidden.reshape(len(tape.hidden), -1)[:, : d_gates.shape[1]]
+        np.matmul(before, d_gates.T, out=grads["hidden_weight"])
+        one_hot = tape.one_hot[:, :-1].transpose(1, 0, 2)
+        d_rows = np.matmul(one_hot, tape.d_gates.transpose(1, 2, 0)).reshape(-1, len(d_gates))
+        d_rows.sum(axis=0, out=grads["gate_bias"])  # every trial made one choice
+        embedded = self._embedded()
+        np.matmul(embedded.reshape(len(d_rows), -1).T, d_rows, out=grads["input_weight"])
+        d_embedded = (d_rows @ self.weights["input_weight"].T).reshape(embedded.shape)
+        d_embedded[0].sum(axis=0, out=grads["start"])
+        grads["embedding"][...] = d_embedded[1:]
+        return tape.gradient
 
     # ------------------------------------------------------------------ parts of both passes
 
-    def _project(self) -> tuple[Floats, Floats]:
-        """The input's share of the gates: of the start (4 hidden,), of each choice (d, n, 4h)."""
-        weight, bias = self.weights["input_weight"], self.weights["gate_bias"]
-        table = self.weights["embedding"]
-        rows = table.reshape(-1, table.shape[2]) @ weight + bias
-        return self.weights["start"] @ weight + bias, rows.reshape(*table.shape[:2], len(bias))
+    def _embedded(self) -> Floats:
+        """What each choice before each decision is to the LSTM, (decisions, choices, embedding).
 
-    def _step(self, gates: Floats, hidden: Floats, cell: Floats) -> tuple[Floats, Floats, Floats]:
-        """One LSTM step: the next hidden state, cell and the cell's tanh, each (n, hidden).
-
-        `gates`, (n, 4 hidden), holds the input's share and is overwritten by the gates: input,
-        forget, candidate, output.
+        Before the first decision all choices stand for the start.
         """
+        start, embedding = self.weights["start"], self.weights["embedding"]
+        first = np.broadcast_to(start, (1, len(self._choices), len(start)))
+        return np.concatenate([first, embedding])
+
+    def _fused(self) -> tuple[Floats, Floats]:
+        """The weights by which one product gives all of a step's gates.
+
+        Returns:
+            (4 hidden, hidden + choices), whose last columns are still empty, and what belongs
+            there at each decision, (decisions, 4 hidden, choices): the share of the choice before
+            in the gates, and the bias.
+        """
+        hidden_weight, input_weight = self.weights["hidden_weight"], self.weights["input_weight"]
+        embedded = self._embedded()
+        rows = embedded.reshape(-1, len(input_weight)) @ input_weight + self.weights["gate_bias"]
+        weight = np.empty((rows.shape[1], len(hidden_weight) + len(self._choices)), rows.dtype)
+        weight[:, : len(hidden_weight)] = hidden_weight.T
+        return weight, rows.reshape(*embedded.shape[:2], -1).transpose(0, 2, 1)
+
+    def _tape(self, n: int, reuse: Evaluation | None) -> Tape:
+        if reuse is not None and len(reuse.tokens) == n:
+            return reuse.tape
         size = self.config.hidden_size
-        gates += hidden @ self.weights["hidden_weight"]
-        candidate = gates[:, 2 * size : 3 * size]
-        candidate *= 2  # tanh(x) = 2 sigmoid(2 x) - 1: one exponential serves all four gates
+        return Tape(self.decisions, len(self._choices), size, n, self.parameters)
+
+    def _step(self, tape: Tape, d: int, weight: Floats, table: Floats) -> Floats:
+        """Go on to decision `d`; return the hidden state that its choice is made from."""
+        weight[:, self.config.hidden_size :] = table
+        gates = tape.gates[d]
+        np.matmul(weight, tape.inputs[:, d], out=gates.reshape(len(weight), -1))
+        i, f, g, o = gates
+        g *= 2  # tanh(x) = 2 sigmoid(2 x) - 1: one exponential serves all four gates
         _sigmoid(gates)
-        candidate *= 2
-        candidate -= 1
-        cell = gates[:, size : 2 * size] * cell + gates[:, :size] * candidate
-        tanh_cell = 2 * _sigmoid(2 * cell) - 1
-        return gates[:, 3 * size :] * tanh_cell, cell, tanh_cell
+        g *= 2
+        g -= 1
+        cell, tanh_cell = tape.cells[d + 1], tape.tanh_cells[d]
+        np.multiply(f, tape.cells[d], out=cell)
+        cell += i * g
+        np.tanh(cell, out=tanh_cell)
+        hidden = tape.hidden[:, d + 1]
+        np.multiply(o, tanh_cell, out=hidden)
+        return hidden
+
+    def _evaluation(self, tokens: Ints, tape: Tape) -> Evaluation:
+        output_weight = self.weights["output_weight"].transpose(0, 2, 1)
+        logits = np.matmul(output_weight, tape.hidden[:, 1:].transpose(1, 0, 2))
+        logits = self._bound(logits + self.weights["output_bias"].transpose(0, 2, 1))
+        return Evaluation(tokens, tape, logits, self._mask, self._uniform_share)
 
     def _bound(self, logits: Floats) -> Floats:
         if self.config.temperature != 1:
@@ -275,47 +324,50 @@ class LSTMPolicy:
     def _backward_softmax(
         self, evaluation: Evaluation, d_log_probs: Floats, d_entropies: Floats
     ) -> Floats:
-        """Derivative by the raw logits, (decisions, n, choices)."""
-        softmax, chosen = evaluation.softmax, evaluation.tokens.T[:, :, None]
-        # By p, times the softmax: of H = -sum(p log p), and of log p where it was chosen. The
+        """Derivative by the raw logits, (decisions, choices, n)."""
+        softmax = evaluation.softmax
+        # By p, times the softmax: of log p where it was chosen, and of H = -sum(p log p). The
         # quotient softmax / p is taken first, since it is bounded where 1 / p is not.
-        d_p = -d_entropies.T[:, :, None] * (evaluation.log_p + 1) * softmax
-        share = np.take_along_axis(softmax / np.maximum(evaluation.p, TINY), chosen, axis=2)
-        picked = np.take_along_axis(d_p, chosen, axis=2) + d_log_probs.T[:, :, None] * share
-        np.put_along_axis(d_p, chosen, picked, axis=2)
-        d_logits: Floats = d_p - softmax * d_p.sum(axis=2, keepdims=True)
+        share = evaluation.chosen * (softmax / np.maximum(evaluation.p, TINY))
+        d_p = d_log_probs.T[:, None] * share
+        d_p -= d_entropies.T[:, None] * (evaluation.log_p + 1) * softmax
+        d_logits: Floats = d_p - softmax * d_p.sum(axis=1, keepdims=True)
         d_logits *= 1 - self._uniform_share
         constant = self.config.tanh_constant
         if constant is not None:
             d_logits = d_logits * (constant * (1 - (evaluation.logits / constant) ** 2))
         return d_logits / self.config.temperature
 
-    def _backward_lstm(self, evaluation: Evaluation, d_hidden: Floats) -> Floats:
-        """Derivative by the gates before their nonlinearity, (decisions, n, 4 hidden)."""
-        gates = evaluation.gates.reshape(*d_hidden.shape[:2], 4, -1)
-        i, f, g, o = (gates[:, :, k] for k in range(4))
-        tanh_cells = evaluation.tanh_cells
+    def _backward_lstm(self, tape: Tape, d_hidden: Floats) -> None:
+        """Put the derivative by the gates before their nonlinearity into `tape.d_gates`.
+
+        `d_hidden`, (decisions, hidden, n), is what each step's logits ask of its hidden state.
+        """
+        tanh_cells, slopes, cell_slopes = tape.tanh_cells, tape.slopes, tape.cell_slopes
+        i, f, g, o = (tape.gates[:, k] for k in range(4))
         # All that does not depend on the recursion, for all steps at once: the slopes of the
         # nonlinearities, times what each gate is multiplied by.
-        d_gates = gates * (1 - gates)
-        d_gates[:, :, 2] = 1 - g * g
-        d_gates[:, :, 0] *= g
-        d_gates[:, :, 1] *= evaluation.cells[:-1]
-        d_gates[:, :, 2] *= i
-        d_gates[:, :, 3] *= tanh_cells
-        cell_share = o * (1 - tanh_cells * tanh_cells)
-        flat = d_gates.reshape(*d_hidden.shape[:2], -1)
-        transposed = np.ascontiguousarray(self.weights["hidden_weight"].T)
+        np.subtract(1, tape.gates, out=slopes)
+        slopes *= tape.gates
+        slopes[:, 0] *= g
+        slopes[:, 1] *= tape.cells[:-1]
+        slopes[:, 2] = (1 - g * g) * i
+        slopes[:, 3] *= tanh_cells
+        np.multiply(tanh_cells, tanh_cells, out=cell_slopes)
+        np.subtract(1, cell_slopes, out=cell_slopes)
+        cell_slopes *= o
         d_h: Floats = np.zeros_like(tanh_cells[0])
         d_cell: Floats = np.zeros_like(d_h)
         for d in range(self.decisions - 1, -1, -1):
             d_h += d_hidden[d]
-            d_cell += d_h * cell_share[d]
-            d_gates[d, :, :3] *= d_cell[:, None]
-            d_gates[d, :, 3] *= d_h
+            d_cell += d_h * cell_slopes[d]
+            d_gates = slopes[d]
+            d_gates[:3] *= d_cell
+            d_gates[3] *= d_h
             d_cell *= f[d]
-            d_h = flat[d] @ transposed
-        return flat
+            flat = d_gates.reshape(len(tape.d_gates), -1)
+            d_h = self.weights["hidden_weight"] @ flat
+            tape.d_gates[:, d] = flat
 
 
 class Adam:
@@ -325,19 +377,31 @@ class Adam:
         self.steps = 0
         self.mean: Floats = np.zeros_like(parameters)
         self.square: Floats = np.zeros_like(parameters)
+        self._gradient: Floats = np.empty_like(parameters)
+        self._change: Floats = np.empty_like(parameters)
 
     def step(
         self, parameters: Floats, gradient: Floats, *, learning_rate: float, max_norm: float
     ) -> float:
         """Change `parameters` in place; return the gradient's norm before clipping."""
         norm = float(np.linalg.norm(gradient))
-        if norm > max_norm:
-            gradient = gradient * (max_norm / norm)
+        clipped, change = self._gradient, self._change  # made once, as a tape is
+        np.multiply(gradient, min(1.0, max_norm / max(norm, TINY)), out=clipped)
         self.steps += 1
-        self.mean += (1 - BETA_1) * (gradient - self.mean)
-        self.square += (1 - BETA_2) * (gradient * gradient - self.square)
-        scale = np.sqrt(self.square / (1 - BETA_2**self.steps)) + EPSILON
-        parameters -= learning_rate / (1 - BETA_1**self.steps) * self.mean / scale
+        np.subtract(clipped, self.mean, out=change)
+        change *= 1 - BETA_1
+        self.mean += change
+        clipped *= clipped
+        np.subtract(clipped, self.square, out=change)
+        change *= 1 - BETA_2
+        self.square += change
+        scale = clipped
+        np.divide(self.square, 1 - BETA_2**self.steps, out=scale)
+        np.sqrt(scale, out=scale)
+        scale += EPSILON
+        np.multiply(self.mean, learning_rate / (1 - BETA_1**self.steps), out=change)
+        change /= scale
+        parameters -= change
         return norm
 
     def state(self) -> dict[str, Any]:
@@ -355,9 +419,9 @@ BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-8
 
 
 def _softmax(logits: Floats) -> Floats:
-    """Probabilities over the last axis."""
-    raised = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    return np.asarray(raised / raised.sum(axis=-1, keepdims=True))
+    """Probabilities over the last axis but one, the choices'."""
+    raised = np.exp(logits - logits.max(axis=-2, keepdims=True))
+    return np.asarray(raised / raised.sum(axis=-2, keepdims=True))
 
 
 def _mix(softmax: Floats, uniform_share: float, uniform: NDArray[np.float64] | float) -> Floats:

@@ -40,6 +40,9 @@ from space.records import record
 #: The policy's numbers. Half the memory traffic of float64, which is most of an update's time.
 DTYPE = np.float32
 
+#: Weight of the entropy bonus while the policy is collapsed: as much as one spread of the rewards.
+COLLAPSED_ENTROPY_WEIGHT = 1.0
+
 #: Bounds exp() of a late result's log-ratio; far outside any clip range.
 MAX_LOG_RATIO = 20.0
 
@@ -50,21 +53,29 @@ class PPOConfig:
 
     Attributes:
         learning_rate: Of Adam.
-        clip_range: How far the probability ratio of a trial's tokens may move per update. Wider
-            than the usual 0.2, since the ratio is a product over all decisions.
+        clip_range: How far the probability ratio of a trial's tokens may move from 1, its value
+            under the policy that drew them, before the trial stops pushing. Wider than the usual
+            0.2, since the ratio is a product over all decisions. A late result starts away from
+            1, by what was learned meanwhile.
         epochs: Passes over a batch's results.
         minibatch_size: Trials per step of Adam; None takes the whole batch.
         entropy_weight: Weight of the entropy bonus relative to an advantage of one spread of the
             rewards. It decides: too small, and the policy soon repeats itself; too large, and
-            it stays near random search.
+            it stays near random search. The default is for some 30 decisions; for ten, 0.1 is
+            as good.
         entropy_weight_final: If given, the weight falls linearly to it over `entropy_trials`.
         entropy_trials: Trials learned from until the final weight is reached.
-        baseline_decay: Share of the old mean and spread of the rewards kept at each *trial*: 0.75
-            makes batches of 16 their own baseline and compares single trials with the last few.
+        min_entropy_share: Below this share of the largest possible entropy the policy counts as
+            collapsed: the diagnostics say so, and the entropy weight is at least 1 until it has
+            recovered. `policy.exploration` alone keeps spaces of up to 30 decisions or so above
+            the default. 0 leaves a collapsed policy alone.
+        baseline_decay: Advantages are rewards normalised by exponential moving averages of their
+            mean and spread; this share of the old is kept at each *trial*: 0.75 makes batches of
+            16 their own baseline and compares single trials with the last few.
         failure_advantage: Advantage of an outcome without a reward, in spreads of rewards; < 0.
         max_gradient_norm: Longer gradients are cut to this.
         max_staleness: Results of proposals made more than this many updates ago are dropped.
-        policy: The network that draws tokens; its `exploration` guards against collapse.
+        policy: The network that draws tokens; its `exploration` keeps it from collapsing.
     """
 
     name: Literal["ppo"] = "ppo"
@@ -72,9 +83,10 @@ class PPOConfig:
     clip_range: float = 0.5
     epochs: int = 4
     minibatch_size: int | None = None
-    entropy_weight: float = 0.1
+    entropy_weight: float = 0.05
     entropy_weight_final: float | None = None
     entropy_trials: int = 1000
+    min_entropy_share: float = 0.1
     baseline_decay: float = 0.75
     failure_advantage: float = -1.0
     max_gradient_norm: float = 1.0
@@ -96,6 +108,8 @@ class PPOConfig:
             final is None or 0 <= final <= 100,
         )  # fmt: skip
         _check("entropy_trials", self.entropy_trials, ">= 1", self.entropy_trials >= 1)
+        floor = self.min_entropy_share
+        _check("min_entropy_share", floor, "in [0, 1)", 0 <= floor < 1)
         _check("baseline_decay", self.baseline_decay, "in [0, 1)", 0 <= self.baseline_decay < 1)
         failed = self.failure_advantage
         _check("failure_advantage", failed, "in [-100, 0)", -100 <= failed < 0)
@@ -133,8 +147,7 @@ class Surrogate:
     ) -> None:
         """Compare `evaluation` with the log-probabilities, (n,), under the policies that drew."""
         n = len(advantages)
-        log_prob = evaluation.log_probs.sum(axis=1, dtype=np.float64)
-        log_ratio = np.clip(log_prob - old_log_prob, -MAX_LOG_RATIO, MAX_LOG_RATIO)
+        log_ratio = np.clip(evaluation.log_prob - old_log_prob, -MAX_LOG_RATIO, MAX_LOG_RATIO)
         ratio = np.exp(log_ratio)
         clipped = np.clip(ratio, 1 - clip_range, 1 + clip_range)
         gain = np.minimum(ratio * advantages, clipped * advantages)
@@ -175,6 +188,8 @@ class PPO(Controller):
         self.policy = LSTMPolicy(config.policy, self.num_choices, rng, dtype=DTYPE)
         self._rng = rng
         self._threads = ThreadpoolController()
+        self._last: Evaluation | None = None  # the latest, for its memory
+        self._last_holds = False  # whether it is of the present parameters
         self._adam = Adam(self.policy.parameters)
         self._scale = RewardScale(config.baseline_decay)
         self._next_id = 0
@@ -188,10 +203,12 @@ class PPO(Controller):
         if n < 1:
             raise ValueError(f"n must be >= 1, but got {n!r}")
         with self._one_blas_thread():
-            tokens, log_prob = self.policy.sample(n, self._rng)
+            drawn = self.policy.sample(n, self._rng, reuse=self._last)
+        self._last, self._last_holds = drawn, True
+        rows = zip(drawn.tokens.tolist(), drawn.log_prob.tolist(), strict=True)
         proposals = [
-            Proposal(self._next_id + k, tuple(row), value)
-            for k, (row, value) in enumerate(zip(tokens.tolist(), log_prob.tolist(), strict=True))
+            Proposal(self._next_id + k, tuple(tokens), log_prob)
+            for k, (tokens, log_prob) in enumerate(rows)
         ]
         self._made_at.update((proposal.id, self._updates) for proposal in proposals)
         self._next_id += n
@@ -219,9 +236,9 @@ class PPO(Controller):
         """Return figures of the last update.
 
         Keys: entropy (nats, mean per decision, of the learned trials' distributions),
-        entropy_share (of the largest possible), entropy_weight, mean_reward (if any trial had
-        one), baseline, spread (of rewards), approx_kl (nats per trial), clip_fraction and
-        gradient_norm (the last epoch's mean), unique_share (of the learned tokens), dropped.
+        entropy_share (of the largest possible), collapsed (1 or 0), entropy_weight, approx_kl
+        (nats per trial), clip_fraction and gradient_norm (all of these are the last epoch's
+        means), dropped (results), and those of `RewardScale.diagnostics`.
         """
         return dict(self._diagnostics)
 
@@ -256,6 +273,7 @@ class PPO(Controller):
             )
         set_rng_state(self._rng, state["rng"])
         own[...] = given
+        self._last_holds = False
         self._adam.load_state(state["adam"])
         self._scale.load_state(state["rewards"])
         self._next_id = int(state["next_id"])
@@ -283,9 +301,7 @@ class PPO(Controller):
     def _learn(self, results: Sequence[Result]) -> None:
         tokens = np.array([result.proposal.tokens for result in results], dtype=np.int64)
         old_log_prob = np.array([result.proposal.log_prob for result in results])
-        rewards = np.array([r.reward for r in results if r.reward is not None], dtype=np.float64)
-        advantages = np.full(len(results), self.config.failure_advantage)
-        advantages[[r.reward is not None for r in results]] = self._scale.advantages(rewards)
+        advantages = self._scale.advantages_of(results, self.config.failure_advantage)
         figures: dict[str, float] = {}
         for _ in range(self.config.epochs):
             steps = [
@@ -293,14 +309,7 @@ class PPO(Controller):
                 for part in self._minibatches(len(results))
             ]
             figures = {key: float(np.mean([step[key] for step in steps])) for key in steps[0]}
-        self._diagnostics = {
-            **figures,
-            "baseline": self._scale.mean,
-            "spread": self._scale.spread,
-            "unique_share": len(np.unique(tokens, axis=0)) / len(tokens),
-        }
-        if len(rewards):
-            self._diagnostics["mean_reward"] = float(rewards.mean())
+        self._diagnostics = {**figures, **self._scale.diagnostics(results)}
 
     def _minibatches(self, n: int) -> list[NDArray[np.int64]]:
         size = self.config.minibatch_size
@@ -316,10 +325,11 @@ class PPO(Controller):
         advantages: NDArray[np.float64],
     ) -> Mapping[str, float]:
         """One step of Adam; return figures of the policy before it."""
-        evaluation = self.policy.evaluate(tokens)
+        evaluation = self._evaluate(tokens)
         entropy = float(evaluation.entropies.mean())
         share = entropy / self.policy.max_entropy if self.policy.max_entropy else 1.0
-        entropy_weight = self._entropy_weight()
+        collapsed = share < self.config.min_entropy_share
+        entropy_weight = self._entropy_weight(collapsed=collapsed)
         surrogate = Surrogate(
             evaluation,
             old_log_prob=old_log_prob,
@@ -337,16 +347,29 @@ class PPO(Controller):
         return {
             "entropy": entropy,
             "entropy_share": share,
+            "collapsed": float(collapsed),
             "entropy_weight": entropy_weight,
             "approx_kl": surrogate.approx_kl,
             "clip_fraction": surrogate.clip_fraction,
             "gradient_norm": norm,
         }
 
-    def _entropy_weight(self) -> float:
+    def _evaluate(self, tokens: NDArray[np.int64]) -> Evaluation:
+        """What the policy says of tokens before a step that changes it.
+
+        What it said when it drew them serves, if nothing has changed since. A new evaluation is
+        the same to the last bit, so that a resumed search goes on identically.
+        """
+        last = self._last
+        if last is None or not self._last_holds or not np.array_equal(last.tokens, tokens):
+            last = self.policy.evaluate(tokens, reuse=last)
+        self._last, self._last_holds = last, False
+        return last
+
+    def _entropy_weight(self, *, collapsed: bool) -> float:
         config = self.config
         weight = config.entropy_weight
         if config.entropy_weight_final is not None:
             progress = min(1.0, self._learned / config.entropy_trials)
             weight += progress * (config.entropy_weight_final - weight)
-        return weight
+        return max(weight, COLLAPSED_ENTROPY_WEIGHT) if collapsed else weight

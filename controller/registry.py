@@ -12,13 +12,20 @@ from controller.base import Controller, MetricsOf, Score
 from controller.evolution import Evolution, EvolutionConfig
 from controller.guided import Guided, GuidedConfig
 from controller.local_search import LocalSearch, LocalSearchConfig
+from controller.pareto_evolution import Pareto, ParetoConfig
 from controller.ppo import PPO, PPOConfig
 from controller.random_search import RandomConfig, RandomSearch
 from controller.reinforce import Reinforce, ReinforceConfig
 
 #: The union itself, for those who add members of their own before they discriminate.
 BuiltInControllerConfig = (
-    RandomConfig | PPOConfig | ReinforceConfig | EvolutionConfig | LocalSearchConfig | GuidedConfig
+    RandomConfig
+    | PPOConfig
+    | ReinforceConfig
+    | EvolutionConfig
+    | LocalSearchConfig
+    | GuidedConfig
+    | ParetoConfig
 )
 
 #: What YAML reads as `controller: {name: ppo, learning_rate: 1e-3}`.
@@ -32,6 +39,7 @@ CONTROLLERS: dict[str, Callable[..., Controller]] = {
     "evolution": Evolution,
     "local": LocalSearch,
     "guided": Guided,
+    "pareto": Pareto,
 }
 
 

@@ -175,9 +175,7 @@ class Reinforce(Controller):
         if not results:
             return
         tokens = np.array([result.proposal.tokens for result in results], dtype=np.int64)
-        rewards = np.array([r.reward for r in results if r.reward is not None], dtype=np.float64)
-        advantages = np.full(len(results), self.config.failure_advantage)
-        advantages[[r.reward is not None for r in results]] = self._scale.advantages(rewards)
+        advantages = self._scale.advantages_of(results, self.config.failure_advantage)
         entropies = self.policy.entropies()
         gradient = self.policy.gradient(tokens, advantages, self.config.entropy_weight)
         norm = self._adam.step(
@@ -188,13 +186,9 @@ class Reinforce(Controller):
         )
         self._diagnostics = {
             "entropy": float(entropies.mean()),
-            "baseline": self._scale.mean,
-            "spread": self._scale.spread,
             "gradient_norm": norm,
-            "unique_share": len(np.unique(tokens, axis=0)) / len(tokens),
+            **self._scale.diagnostics(results),
         }
-        if len(rewards):
-            self._diagnostics["mean_reward"] = float(rewards.mean())
 
     def observe(self, results: Sequence[Result]) -> None:
         """Ignore trials that the policy did not draw: the gradient is of its own draws only."""
@@ -202,8 +196,8 @@ class Reinforce(Controller):
     def diagnostics(self) -> dict[str, float]:
         """Return figures of the last update.
 
-        Keys: entropy (nats, mean per decision, before it), baseline, spread (of rewards),
-        gradient_norm, unique_share (of the learned tokens), mean_reward (if any had one).
+        Keys: entropy (nats, mean per decision, before it), gradient_norm, and those of
+        `RewardScale.diagnostics`.
         """
         return dict(self._diagnostics)
 

@@ -1,13 +1,15 @@
-"""What a policy's advantages are relative to: the moving mean and spread of the rewards."""
+"""Advantages of results, relative to the moving mean and spread of the rewards."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from controller.base import Result
 
 
 class RewardScale:
@@ -47,6 +49,29 @@ class RewardScale:
         if self.spread <= 1e-9 * max(abs(self.mean), 1e-300):
             return np.zeros_like(rewards)
         return np.asarray(distance / self.spread)
+
+    def advantages_of(self, results: Sequence[Result], failure: float) -> NDArray[np.float64]:
+        """Take note of results and return their advantages, (n,): `failure` without a reward."""
+        rewards = np.array([r.reward for r in results if r.reward is not None], dtype=np.float64)
+        made = np.full(len(results), failure)
+        made[[r.reward is not None for r in results]] = self.advantages(rewards)
+        return made
+
+    def diagnostics(self, results: Sequence[Result]) -> dict[str, float]:
+        """Return what a controller says of the results that it has just learned from.
+
+        Keys: baseline, spread (of rewards), unique_share (of the tokens), mean_reward (if any had
+        one).
+        """
+        found = {
+            "baseline": self.mean,
+            "spread": self.spread,
+            "unique_share": len({r.proposal.tokens for r in results}) / len(results),
+        }
+        rewards = [r.reward for r in results if r.reward is not None]
+        if rewards:
+            found["mean_reward"] = float(np.mean(rewards))
+        return found
 
     def state(self) -> dict[str, float]:
         """Return the sums."""

@@ -25,7 +25,7 @@ from space.tokens import Tokens
 FIT_TRIALS = 400
 
 #: The scales are fitted anew when there are so many times the trials of the last fit.
-FIT_GROWTH = 1.05
+FIT_GROWTH = 1.15
 
 #: Steps of L-BFGS of a model's first fit and of the later ones, which start where that ended.
 FIRST_STEPS, LATER_STEPS = 40, 20
@@ -58,10 +58,12 @@ class Surrogate:
         self._names: list[str] = []  # of what every completed trial has
         self._completed: dict[Tokens, list[float]] = {}
         self._failed: dict[Tokens, None] = {}
+        self._untrained: dict[Tokens, dict[str, float]] = {}  # metrics by name, or {} if asked for
         self._models: dict[str, PairwiseProcess] = {}
         self._fitted = 0  # trials, at the last fit
         self._one_hot: Array | None = None  # of the completed trials, once the models hold them
-        self._columns: dict[str, Array] = {}  # kept as long as the data do not change
+        self._columns: dict[str, Array] = {}  # like the next, kept as long as the data are
+        self._logs: dict[str, bool] = {}
 
     def __len__(self) -> int:
         """Number of completed trials that it holds."""
@@ -82,6 +84,21 @@ class Surrogate:
         """Names of the outputs, in order, once `fit` was called."""
         return list(self._models)
 
+    @property
+    def models_metrics(self) -> bool:
+        """Whether metrics without accuracies teach it anything."""
+        return any(name.startswith(METRIC) for name in self._models)
+
+    def knows_metrics(self, tokens: Tokens) -> bool:
+        """Return whether the tokens' metrics are known, were asked for, perhaps in vain since the
+        measurement failed, or are of no use since no such network completes.
+        """
+        return tokens in self._completed or tokens in self._failed or tokens in self._untrained
+
+    def ask_for_metrics(self, tokens: Tokens) -> None:
+        """Take note that the tokens' metrics are asked for."""
+        self._untrained[tokens] = {}
+
     def add(self, results: Sequence[Result]) -> None:
         """Take results as data; `fit` makes the models know them."""
         for result in results:
@@ -92,9 +109,15 @@ class Surrogate:
                 self._failed[tokens] = None
             else:
                 self._complete(tokens, _quantities(result))
-        self._forget()
-        self._columns = {}
-        self._one_hot = None
+                self._untrained.pop(tokens, None)
+        self._data_changed()
+
+    def add_metrics(self, metrics: Sequence[tuple[Tokens, Mapping[str, float]]]) -> None:
+        """Take metrics of tokens that were not trained as data, of which the latest are kept."""
+        for tokens, values in metrics:
+            if tokens not in self._completed:
+                self._untrained[tokens] = _metrics(values)
+        self._data_changed()
 
     def fit(self) -> None:
         """Fit the models' scales if there is enough more data than last time.
@@ -102,7 +125,7 @@ class Surrogate:
         Needs two completed trials.
         """
         names = self._modelled()
-        total = len(self._completed) + len(self._failed)
+        total = len(self._completed) + len(self._failed) + len(self._untrained)
         if names == list(self._models) and self._fitted <= total < FIT_GROWTH * self._fitted:
             return
         models = {}
@@ -160,6 +183,8 @@ class Surrogate:
             "completed": pack_tokens(self._completed, self._layout.num_choices),
             "values": np.array(list(self._completed.values()), dtype=np.float64).reshape(shape),
             "failed": pack_tokens(self._failed, self._layout.num_choices),
+            "untrained": pack_tokens(self._untrained, self._layout.num_choices),
+            "metrics": [dict(metrics) for metrics in self._untrained.values()],
             "theta": {name: model.theta.copy() for name, model in self._models.items()},
             "fitted": self._fitted,
         }
@@ -170,13 +195,14 @@ class Surrogate:
         rows, values = unpack_tokens(state["completed"]), state["values"].tolist()
         self._completed = dict(zip(rows, values, strict=True))
         self._failed = dict.fromkeys(unpack_tokens(state["failed"]))
+        untrained = unpack_tokens(state["untrained"])
+        self._untrained = dict(zip(untrained, map(dict, state["metrics"]), strict=True))
         self._models = {}
         for name, theta in state["theta"].items():
             self._models[name] = PairwiseProcess(self._layout)
             self._models[name].theta = np.array(theta)
         self._fitted = int(state["fitted"])
-        self._columns = {}
-        self._one_hot = None
+        self._data_changed()
 
     def _complete(self, tokens: Tokens, quantities: Mapping[str, float]) -> None:
         """Add a completed trial; keep of all trials what every one has."""
@@ -188,6 +214,11 @@ class Surrogate:
             self._completed = {t: [v[k] for k in common] for t, v in self._completed.items()}
         self._completed[tokens] = [quantities[name] for name in self._names]
 
+    def _data_changed(self) -> None:
+        self._forget()
+        self._columns, self._logs = {}, {}
+        self._one_hot = None
+
     def _forget(self) -> None:
         while len(self._completed) > self._max_trials:
             reward = self._names.index(REWARD)
@@ -196,8 +227,9 @@ class Surrogate:
             dropped = set(order[: len(order) // 2 : 2].tolist())
             kept = [(t, v) for k, (t, v) in enumerate(self._completed.items()) if k not in dropped]
             self._completed = dict(kept)
-        for tokens in list(self._failed)[: -self._max_trials]:
-            del self._failed[tokens]
+        for kept_to_limit in (self._failed, self._untrained):
+            for tokens in list(kept_to_limit)[: -self._max_trials]:
+                del kept_to_limit[tokens]
 
     def _column(self, name: str) -> Array:
         """What the completed trials have of a quantity, as it was reported."""
@@ -214,11 +246,18 @@ class Surrogate:
         if name == COMPLETES:
             labels = [1.0] * len(self._completed) + [0.0] * len(self._failed)
             return self._rows([*self._completed, *self._failed]), np.array(labels)
-        column = self._column(name)
-        return self._rows(self._completed), np.log(column) if self._in_logs(name) else column
+        more = {t: metrics[name] for t, metrics in self._untrained.items() if name in metrics}
+        values = np.concatenate([self._column(name), np.array(list(more.values()))])
+        rows = self._rows([*self._completed, *more])
+        return rows, np.log(values) if self._in_logs(name) else values
 
     def _in_logs(self, name: str) -> bool:
-        return name.startswith(METRIC) and bool(self._column(name).min() > 0)
+        """Whether it is a metric all of whose values have logarithms."""
+        if name not in self._logs:
+            more = (metrics.get(name, 1.0) for metrics in self._untrained.values())
+            positive = self._column(name).min() > 0 and all(value > 0 for value in more)
+            self._logs[name] = name.startswith(METRIC) and bool(positive)
+        return self._logs[name]
 
     def _modelled(self) -> list[str]:
         """The quantities that are to be modelled, given the data."""
@@ -256,7 +295,11 @@ def _quantities(result: Result) -> dict[str, float]:
     made = {REWARD: result.reward}
     if result.accuracy is not None:
         made[ACCURACY] = result.accuracy
-    return made | {METRIC + name: float(value) for name, value in result.metrics.items()}
+    return made | _metrics(result.metrics)
+
+
+def _metrics(metrics: Mapping[str, float]) -> dict[str, float]:
+    return {METRIC + name: float(value) for name, value in metrics.items()}
 
 
 def _evenly(count: int, limit: int) -> NDArray[np.int64]:

@@ -1,4 +1,4 @@
-"""`python -m latency measure|compare|devices|check`: latency without the rest of the engine.
+"""`python -m latency COMMAND`: latency without the rest of the engine.
 
 Bad input ends in one sentence on standard error and exit status 2; a device without a figure in
 status 1.

@@ -1,4 +1,4 @@
-"""The commands of `mnas latency` and `python -m latency`: measure, compare, devices, check.
+"""The commands of `mnas latency` and `python -m latency`.
 
 Heavy imports stand inside the commands, so that `--help` answers at once. A device that gives no
 figure ends in one sentence and exit status 1; bad input in status 2.
@@ -10,6 +10,7 @@ import contextlib
 import json
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -27,12 +28,14 @@ Arch = Annotated[
     str,
     typer.Argument(metavar="ARCH", help="A published name, a text form, or in `mnas` DIR:TRIAL."),
 ]
+Archs = Annotated[list[str], typer.Argument(metavar="ARCH...", help="As for measure.")]
 Second = Annotated[str, typer.Argument(metavar="SECOND", help="Likewise.")]
 Device = Annotated[str, typer.Option(help="A file or a shipped name.")]
 DeviceArgument = Annotated[str, typer.Argument(metavar="DEVICE", help="A file or a shipped name.")]
 Width = Annotated[float, typer.Option(help="Multiplier of stem and blocks.")]
 Resolution = Annotated[int | None, typer.Option(help="Input pixels.")]
 Rounds = Annotated[int, typer.Option(min=6, help="Measurements of each network.")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw a picture, too.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on one line.")]
 
 
@@ -57,10 +60,11 @@ def make_app(find: Callable[[str], Architecture]) -> typer.Typer:
         device: Device = "host",
         width: Width = 1.0,
         resolution: Resolution = None,
+        plot: Plot = None,
         as_json: Json = False,
     ) -> None:
         """Measure a network's latency on a device."""
-        _measure(network(arch, width, resolution), device, as_json=as_json)
+        _measure(network(arch, width, resolution), device, plot, as_json=as_json)
 
     @app.command("compare")
     def compare(
@@ -76,6 +80,23 @@ def make_app(find: Callable[[str], Architecture]) -> typer.Typer:
         networks = [network(name, width, resolution) for name in (first, second)]
         _compare(networks[0], networks[1], device, rounds, as_json=as_json)
 
+    @app.command("predict")
+    def predict(
+        archs: Archs,
+        table: Annotated[Path, typer.Option(metavar="FILE", help="Of `table`.")],
+        device: Annotated[
+            str | None, typer.Option(help="Refuse a table of another device than this.")
+        ] = None,
+        as_json: Json = False,
+    ) -> None:
+        """Predict the latency of members of a table's space; nothing is measured."""
+        from latency.table_cli import run_predict
+
+        networks = [find(name) for name in archs]
+        with _one_sentence(device or str(table)):
+            _print_lines(run_predict(table, networks, device, as_json=as_json))
+
+    app.command("table")(make_table)
     app.command("devices")(devices)
     app.command("check")(check)
     return app
@@ -91,12 +112,16 @@ def _one_sentence(device: str) -> Iterator[None]:
         raise typer.Exit(EXIT_NO_FIGURE) from error
 
 
-def _measure(network: Architecture, device: str, *, as_json: bool) -> None:
+def _measure(network: Architecture, device: str, plot: Path | None, *, as_json: bool) -> None:
     from latency.device import load_device, make_meter
     from latency.measurement import summary
+    from latency.plots import check_picture, plot_samples
 
+    check_picture(plot)
     with _one_sentence(device):
         measurement = make_meter(load_device(device)).measure(network)
+    if plot is not None:
+        plot_samples(measurement, plot)
     if as_json:
         print(json.dumps({"architecture": network.text, **summary(measurement)}, allow_nan=False))
     else:
@@ -155,6 +180,31 @@ def _compare(
     _print_lines(lines)
 
 
+def make_table(
+    device: Device = "host",
+    space: Annotated[str, typer.Option(help="A file or a shipped name.")] = "mnasnet",
+    networks: Annotated[int, typer.Option(min=10, help="How many are fitted.")] = 300,
+    held_out: Annotated[int, typer.Option(min=1, help="How many only test the table.")] = 50,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The table.", show_default="DEVICE-SPACE.json"),
+    ] = None,
+    resolution: Resolution = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the draws.")] = 0,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """Measure networks of a space and fit a table that predicts the latency of all.
+
+    Killed, it goes on where it was: what was measured is in FILE.measurements.jsonl.
+    """
+    from latency.table_cli import TableOptions, run_table
+
+    options = TableOptions(device, space, networks, held_out, out, resolution, seed, plot)
+    with _one_sentence(device):
+        _print_lines(run_table(options, as_json=as_json))
+
+
 def devices(as_json: Json = False) -> None:
     """List the shipped devices."""
     from latency.device import load_device
@@ -169,6 +219,10 @@ def devices(as_json: Json = False) -> None:
 
 def _what(config: DeviceConfig) -> str:
     """A device in a few words."""
+    if config.kind == "pool":
+        return f"{', '.join(device.name for device in config.devices)}, whichever is free"
+    if config.kind == "ascend":
+        return f"{config.target}, MindSpore, {config.precision}, batch {config.batch}"
     threads = f"{config.threads} thread{'s' if config.threads > 1 else ''}, batch {config.batch}"
     if config.kind == "onnxruntime":
         return f"this host, ONNX Runtime, {threads}, {config.effort}"
@@ -199,6 +253,6 @@ def check(device: DeviceArgument, as_json: Json = False) -> None:
 
 
 def _print_lines(lines: list[tuple[str, Any]]) -> None:
-    width = max(len(label) for label, _ in lines) + 2
+    width = max((len(label) for label, _ in lines), default=0) + 2
     for label, text in lines:
         print(f"{label:<{width}}{text}")

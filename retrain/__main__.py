@@ -1,6 +1,7 @@
-"""`python -m retrain train|validate|export|convert`: one training, its evaluation, its export.
+"""`python -m retrain [train]|finetune|validate|export|convert`: one training and what follows.
 
-Bad input ends in one sentence on standard error and exit status 2; a failed training in status 1.
+Without a command, `train` is meant, as the model zoo's `train.py` has it. Bad input ends in one
+sentence on standard error and exit status 2; a failed training in status 1.
 """
 
 from __future__ import annotations
@@ -10,29 +11,25 @@ import json
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.live import Live
-from rich.text import Text
 
 from retrain.convert_cli import convert
+from retrain.progress import ProgressDisplay
+from retrain.request import TrainRequest
 from space.errors import ConfigError, MnasError
 from space.records import to_plain
 
 if TYPE_CHECKING:
-    from retrain.train import TrainProgress
+    from retrain.folder import TrainReport
 
 #: The class of all complaints about flags and arguments, whichever click typer is built on.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 EXIT_ERROR, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
-
-#: In a pipe, a line of progress is printed at most this often.
-LINE_INTERVAL_S = 5.0
 
 _PARENT = "MNAS_PARENT_PID"
 _PR_SET_PDEATHSIG = 1
@@ -46,13 +43,43 @@ app = typer.Typer(
 
 app.command("convert")(convert)
 
-DataDir = Annotated[
-    str | None, typer.Option("--data_dir", help="Folder of the images; replaces data.path.")
+Config = Annotated[str, typer.Option("--config", "-c", help="A recipe's file or shipped name.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value]...", help="Of the recipe.")
 ]
+DataDir = Annotated[
+    str | None,
+    typer.Option("--data_dir", "--data-dir", help="Folder of the images; replaces data.path."),
+]
+Out = Annotated[Path | None, typer.Option("--out", help="Folder of the result.")]
+Resolution = Annotated[int | None, typer.Option("--resolution", help="Input pixels.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of everything random.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where it was killed.")]
+NumWorkers = Annotated[
+    int | None, typer.Option("--workers", help="Let msrun start so many processes here.")
+]
+Distribute = Annotated[
+    str | None,
+    typer.Option(
+        "--distribute", metavar="BOOL", help="Whether msrun or mpirun started several [told]."
+    ),
+]
+ScaleLr = Annotated[
+    bool,
+    typer.Option(
+        "--scale_lr", "--scale-lr", help="Scale the learning rate with the global batch."
+    ),
+]
+Tensorboard = Annotated[bool, typer.Option("--tensorboard", help="Write curves into the folder.")]
 Threads = Annotated[
     int | None, typer.Option("--threads", help="CPU threads; all that may be used by default.")
 ]
-CkptPath = Annotated[Path, typer.Option("--ckpt_path", help="A training's model.safetensors.")]
+CkptPath = Annotated[
+    Path, typer.Option("--ckpt_path", "--ckpt-path", help="A training's model.safetensors.")
+]
+StartPath = Annotated[
+    Path | None, typer.Option("--ckpt_path", "--ckpt-path", help="Weights to start from.")
+]
 RecipeOption = Annotated[
     str | None,
     typer.Option("--config", "-c", help="A recipe whose data are taken [the training's]."),
@@ -65,39 +92,101 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on one line.
 
 @app.command("train")
 def train(
-    config: Annotated[
-        str, typer.Option("--config", "-c", help="A recipe's file or shipped name.")
-    ],
-    arch: Annotated[str, typer.Option("--arch", help="A published name or a text form.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[key=value]...", help="Of the recipe.")
+    config: Config,
+    arch: Annotated[
+        str | None,
+        typer.Option("--arch", help="A published name or a text form [the recipe's]."),
     ] = None,
+    overrides: Overrides = None,
     data_dir: DataDir = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder of the result.")] = None,
-    resolution: Annotated[int | None, typer.Option("--resolution", help="Input pixels.")] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of everything random.")] = 0,
+    out: Out = None,
+    resolution: Resolution = None,
+    seed: Seed = 0,
     threads: Threads = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where it was killed.")] = False,
+    resume: Resume = False,
     as_json: Json = False,
+    ckpt_path: StartPath = None,
+    workers: NumWorkers = None,
+    distribute: Distribute = None,
+    scale_lr: ScaleLr = False,
+    tensorboard: Tensorboard = False,
 ) -> None:
     """Train a network with a recipe; the result is a folder."""
-    from retrain.commands import train_command
+    _train(
+        TrainRequest(
+            config, arch, ckpt_path, out=out, resolution=resolution, data_dir=data_dir, seed=seed,
+            threads=threads, resume=resume, scale_lr=scale_lr, tensorboard=tensorboard,
+            overrides=tuple(overrides or ()),
+        ),
+        workers, distribute, as_json=as_json,
+    )  # fmt: skip
 
+
+@app.command("finetune")
+def finetune(
+    config: Config,
+    ckpt_path: CkptPath,
+    overrides: Overrides = None,
+    frozen_stages: Annotated[
+        int | None,
+        typer.Option(
+            "--frozen_stages",
+            "--frozen-stages",
+            help="Of stem, blocks and head, so many first ones stay as they are [the recipe's].",
+        ),
+    ] = None,
+    data_dir: DataDir = None,
+    out: Out = None,
+    resolution: Resolution = None,
+    seed: Seed = 0,
+    threads: Threads = None,
+    resume: Resume = False,
+    workers: NumWorkers = None,
+    distribute: Distribute = None,
+    scale_lr: ScaleLr = False,
+    tensorboard: Tensorboard = False,
+    as_json: Json = False,
+) -> None:
+    """Take trained or converted weights to other classes; train as `train` does."""
+    frozen = [] if frozen_stages is None else [f"frozen_stages={frozen_stages}"]
+    _train(
+        TrainRequest(
+            config, None, ckpt_path, finetune=True, out=out, resolution=resolution,
+            data_dir=data_dir, seed=seed, threads=threads, resume=resume, scale_lr=scale_lr,
+            tensorboard=tensorboard, overrides=(*(overrides or ()), *frozen),
+        ),
+        workers, distribute, as_json=as_json,
+    )  # fmt: skip
+
+
+def _train(
+    request: TrainRequest, workers: int | None, distribute: str | None, *, as_json: bool
+) -> None:
+    from retrain.commands import launch_command, train_command
+
+    _quiet_mindspore()
     signal.signal(signal.SIGTERM, _interrupt)
     console = Console(stderr=as_json)
-    with _Progress(console) as progress:
-        report = train_command(
-            config,
-            arch,
-            out=out,
-            resolution=resolution,
-            data_dir=data_dir,
-            seed=seed,
-            threads=threads,
-            resume=resume,
-            overrides=overrides or [],
-            on_progress=progress.show,
-        )
+
+    def say(sentence: str) -> None:
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+    report: TrainReport | None
+    if workers is not None:
+        report = launch_command(request, workers, on_line=say)
+        if not as_json:
+            # The first worker has said it all.
+            return
+    else:
+        with ProgressDisplay(console) as progress:
+            report = train_command(
+                request,
+                distribute=_truth("distribute", distribute),
+                on_progress=progress.show,
+                on_note=say,
+            )
+    if report is None:
+        return
     if as_json:
         _print_json(report)
         return
@@ -113,6 +202,13 @@ def train(
     )
 
 
+def _truth(option: str, text: str | None) -> bool | None:
+    """True or False as the model zoo's users write them."""
+    if text is None or text.lower() in ("true", "false"):
+        return None if text is None else text.lower() == "true"
+    raise ConfigError(f"--{option}: must be True or False, but got {text!r}.")
+
+
 @app.command("validate")
 def validate(
     ckpt_path: CkptPath,
@@ -121,15 +217,23 @@ def validate(
     data_dir: DataDir = None,
     threads: Threads = None,
     as_json: Json = False,
+    confusion_matrix: Annotated[
+        Path | None,
+        typer.Option(
+            "--confusion_matrix", "--confusion-matrix", help="Draw it into this PNG file."
+        ),
+    ] = None,
 ) -> None:
     """Evaluate a checkpoint on held-out images or, once, at the end, on the test set."""
     from retrain.commands import validate_command
 
+    _quiet_mindspore()
     report = validate_command(
         ckpt_path,
         config=config,
         split=split,  # type: ignore[arg-type]  # checked there, with a sentence
         data_dir=data_dir,
+        confusion_matrix=confusion_matrix,
         threads=threads,
     )
     if as_json:
@@ -159,6 +263,7 @@ def export(
     """Export a checkpoint to another format, checked against MindSpore on held-out images."""
     from retrain.commands import export_command
 
+    _quiet_mindspore()
     report = export_command(
         ckpt_path,
         out,
@@ -180,55 +285,6 @@ def export(
             ("accuracy", f"{report.exported_top1:.4f} (MindSpore: {report.mindspore_top1:.4f})"),
         ],
     )
-
-
-class _Progress:
-    """One line that is rewritten on a terminal, a line now and then in a pipe."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-        self._live: Live | None = None
-        self._accuracy: float | None = None
-        self._next_line = 0.0
-
-    def __enter__(self) -> _Progress:
-        if self._console.is_terminal:
-            waiting = Text("loading and compiling")
-            self._live = Live(waiting, console=self._console, refresh_per_second=4, transient=True)
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live is not None:
-            self._live.stop()
-
-    def show(self, progress: TrainProgress) -> None:
-        """Show how far the training is."""
-        if progress.accuracy is not None:
-            self._accuracy = progress.accuracy
-        line = _progress_line(progress, self._accuracy)
-        if self._live is not None:
-            self._live.update(Text(line, overflow="ellipsis", no_wrap=True))
-            return
-        now = time.monotonic()
-        if now >= self._next_line or progress.step == progress.steps:
-            self._next_line = now + LINE_INTERVAL_S
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-def _progress_line(progress: TrainProgress, accuracy: float | None) -> str:
-    parts = [
-        f"epoch {progress.epoch}/{progress.epochs}",
-        f"step {progress.step:,}/{progress.steps:,}",
-        f"loss {progress.loss:.4f}",
-        f"lr {progress.learning_rate:.3g}",
-    ]
-    if accuracy is not None:
-        parts.append(f"validation accuracy {accuracy:.4f}")
-    if progress.images_per_s > 0:
-        parts.append(f"{progress.images_per_s:,.0f} images/s")
-    parts.append(f"{progress.seconds_left:,.0f} s left")
-    return "  ".join(parts)
 
 
 def _print_json(report: object) -> None:
@@ -264,10 +320,15 @@ def die_with_parent() -> None:
         sys.exit(EXIT_ERROR)
 
 
+def _quiet_mindspore() -> None:
+    """MindSpore's warnings about its own deprecated settings are not for the user."""
+    os.environ.setdefault("GLOG_v", "3")
+
+
 def main() -> None:
     """Run a command and exit with its status."""
-    # MindSpore's warnings about its own deprecated settings are not for the user.
-    os.environ.setdefault("GLOG_v", "3")
+    if sys.argv[1:] and sys.argv[1].startswith("-") and sys.argv[1] != "--help":
+        sys.argv.insert(1, "train")
     sys.exit(_run())
 
 

@@ -1,7 +1,8 @@
 """Checkpoints: weights, and the state that a killed training goes on from, without pickle.
 
-Both are safetensors files whose metadata says everything that is needed to use them again. They
-are written under a temporary name, flushed to disk and renamed: a reader sees all or nothing.
+Both are safetensors files whose metadata says everything that is needed to use them again; weights
+may be a MindSpore .ckpt file with the same metadata. They are written under a temporary name,
+flushed to disk and renamed: a reader sees all or nothing.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from space.records import build, record, to_plain
 Weights = dict[str, NDArray[np.float32]]
 
 WEIGHTS_FORMAT = "mnas weights 2"
-_STATE_FORMAT = "mnas training state 1"
+_STATE_FORMAT = "mnas training state 2"
 
 
 @record
@@ -74,26 +75,47 @@ class Checkpoint:
 
 
 @record
+class TrainState:
+    """What a training goes on from.
+
+    Attributes:
+        step: Optimizer steps done.
+        epoch: Whole epochs done.
+        losses: Mean training loss of each of them.
+        accuracies: Validation accuracy after each of them.
+        arrays: Name -> array: the weights; the optimizer's state under `optimizer.`, averages
+            under `ema.`; `loss_scale`; `epoch_losses` of the steps since the last whole epoch.
+    """
+
+    step: int
+    epoch: int
+    losses: tuple[float, ...]
+    accuracies: tuple[float, ...]
+    arrays: dict[str, Any]
+
+    def evaluated_weights(self, architecture: Architecture) -> Weights:
+        """Return the weights that are evaluated: the averages, where there are any."""
+        names = parameter_shapes(architecture)
+        return {name: self.arrays.get(f"ema.{name}", self.arrays[name]) for name in names}
+
+
+@record
 class SavedState:
-    """Where a killed training goes on.
+    """Where a killed training goes on, and which training it is.
 
     Attributes:
         architecture: The network's text.
         recipe: As it was.
         seed: As it was.
-        epoch: Epochs done.
-        losses: Mean training loss of each.
-        accuracies: Validation accuracy after each.
-        arrays: Name -> array: weights, the optimizer's state, averages.
+        start: SHA-256 of the checkpoint that it started from; None for random weights.
+        state: Where it was.
     """
 
     architecture: str
     recipe: Recipe
     seed: int
-    epoch: int
-    losses: tuple[float, ...]
-    accuracies: tuple[float, ...]
-    arrays: dict[str, Any]
+    start: str | None
+    state: TrainState
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -106,7 +128,12 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     metadata = {"format": WEIGHTS_FORMAT, "architecture": checkpoint.architecture.text}
     for key in _CHECKPOINT_KEYS:
         metadata[key] = json.dumps(to_plain(getattr(checkpoint, key)))
-    write_atomically(path, save(_contiguous(checkpoint.weights), metadata))
+    if path.suffix == ".ckpt":
+        from retrain.weight_files import mindspore_bytes
+
+        write_atomically(path, mindspore_bytes(_contiguous(checkpoint.weights), metadata))
+    else:
+        write_atomically(path, save(_contiguous(checkpoint.weights), metadata))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -134,14 +161,16 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 _CHECKPOINT_KEYS = ("style", "normalisation", "classes", "versions", "training", "source")
-_STATE_KEYS = ("recipe", "seed", "epoch", "losses", "accuracies")
+_STATE_KEYS = ("recipe", "seed", "start")
+_PROGRESS_KEYS = ("step", "epoch", "losses", "accuracies")
 
 
-def save_state(path: Path, state: SavedState) -> None:
+def save_state(path: Path, saved: SavedState) -> None:
     """Write a training's state, replacing the one before."""
-    metadata = {"format": _STATE_FORMAT, "architecture": state.architecture}
-    metadata.update({key: json.dumps(to_plain(getattr(state, key))) for key in _STATE_KEYS})
-    write_atomically(path, save(_contiguous(state.arrays), metadata))
+    metadata = {"format": _STATE_FORMAT, "architecture": saved.architecture}
+    metadata.update({key: json.dumps(to_plain(getattr(saved, key))) for key in _STATE_KEYS})
+    metadata.update({key: json.dumps(getattr(saved.state, key)) for key in _PROGRESS_KEYS})
+    write_atomically(path, save(_contiguous(saved.state.arrays), metadata))
 
 
 def load_state(path: Path) -> SavedState:
@@ -151,15 +180,19 @@ def load_state(path: Path) -> SavedState:
         ConfigError: The file is missing, damaged or something else.
     """
     metadata, arrays = _read(path, _STATE_FORMAT)
-    values = {key: _json(metadata, key, path) for key in _STATE_KEYS}
+    values = {key: _json(metadata, key, path) for key in (*_STATE_KEYS, *_PROGRESS_KEYS)}
     return SavedState(
         architecture=metadata["architecture"],
         recipe=build(Recipe, values["recipe"], where=f"{path}: recipe"),
         seed=values["seed"],
-        epoch=values["epoch"],
-        losses=tuple(values["losses"]),
-        accuracies=tuple(values["accuracies"]),
-        arrays=arrays,
+        start=values["start"],
+        state=TrainState(
+            step=values["step"],
+            epoch=values["epoch"],
+            losses=tuple(values["losses"]),
+            accuracies=tuple(values["accuracies"]),
+            arrays=arrays,
+        ),
     )
 
 
@@ -211,15 +244,12 @@ def _contiguous(arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
 def _read(path: Path, expected: str) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such checkpoint file.")
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = dict(file.metadata() or {})
-            arrays = {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
-            f"{path}: must be a safetensors file, but is something else or damaged: {error};"
-            " `mnas convert` reads weights of other frameworks."
-        ) from None
+    if path.suffix == ".ckpt":
+        from retrain.weight_files import read_mindspore
+
+        metadata, arrays = read_mindspore(path)
+    else:
+        metadata, arrays = _read_safetensors(path)
     if metadata.get("format") != expected or "architecture" not in metadata:
         raise ConfigError(
             f"{path}: must be in the format {expected!r}, but is in"
@@ -227,6 +257,18 @@ def _read(path: Path, expected: str) -> tuple[dict[str, str], dict[str, NDArray[
             " frameworks."
         )
     return metadata, arrays
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}
+            return dict(file.metadata() or {}), arrays
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(
+            f"{path}: must be a safetensors file, but is something else or damaged: {error};"
+            " `mnas convert` reads weights of other frameworks."
+        ) from None
 
 
 def _json(metadata: Mapping[str, str], key: str, path: Path) -> Any:

@@ -1,101 +1,65 @@
-"""The retrain room's commands as plain functions: train into a folder, validate, export.
-
-A training's folder holds recipe.yaml and architecture.txt (what was asked), state.safetensors
-(where a killed training goes on; removed at the end), model.safetensors and result.json (what came
-out), train.log.
-"""
+"""The retrain room's commands as plain functions: train into a folder, validate, export."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import json
 import logging
-import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
-from filelock import FileLock, Timeout
-
+from retrain.batch import fit_batch
 from retrain.checkpoint import (
     Checkpoint,
     SavedState,
     Training,
+    TrainState,
+    Weights,
     load_checkpoint,
-    load_state,
     save_checkpoint,
     save_state,
 )
-from retrain.config import Recipe, load_recipe
+from retrain.config import load_recipe
+from retrain.curves import curves
 from retrain.data import DataSet, load_data
-from space.architecture import Architecture
+from retrain.folder import (
+    ARCHITECTURE,
+    CURVES,
+    EPOCHS,
+    LOG,
+    RECIPE,
+    RESULT,
+    STATE,
+    WORKERS,
+    Plan,
+    TrainReport,
+    claimed,
+    load_report,
+    log_file,
+    refuse_used,
+    weights_name,
+    what_is_there,
+)
+from retrain.launch import launch, launched_workers
+from retrain.request import TrainRequest, checked_threads
+from retrain.restored import data_of, network_of, recipe_of
+from retrain.start import Start, make_start
 from space.errors import ConfigError
 from space.files import versions, write_atomically
-from space.mnasnet import adapt, find_architecture
-from space.records import build, did_you_mean, dump_yaml, parse_yaml, read_text, record, to_plain
+from space.records import did_you_mean, dump_yaml, record, to_plain
 
 if TYPE_CHECKING:
+    from retrain.distributed import Workers
     from retrain.export import ExportReport
-    from retrain.train import TrainProgress, TrainState
+    from retrain.progress import TrainProgress
+    from retrain.train import TrainResult
 
 logger = logging.getLogger(__name__)
 
-RECIPE, ARCHITECTURE, LOG = "recipe.yaml", "architecture.txt", "train.log"
-STATE, WEIGHTS, RESULT = "state.safetensors", "model.safetensors", "result.json"
-
 #: Export format -> ending of its files.
 EXPORT_SUFFIXES = {"onnx": ".onnx", "mindir": ".mindir", "python": ".py"}
-
-_GRAY = ("digits", "fashion_mnist")
-
-
-@record
-class TrainReport:
-    """A finished training; result.json holds it.
-
-    Attributes:
-        folder: Where everything is.
-        architecture: The network's text.
-        architecture_hash: Its identity.
-        validation_accuracy: Top-1 on the images held out from the training set, fraction.
-        validation_loss: Cross entropy there, nats.
-        validation_images: How many.
-        losses: Mean training loss of each epoch.
-        accuracies: Validation accuracy after each epoch.
-        epochs: Passes over the training images.
-        steps: Optimizer steps.
-        train_images: Images trained on.
-        seed: Of weights, order, augmentation and dropout.
-        threads: CPU threads.
-        resumed_at_epoch: Epochs that an earlier, killed process had done.
-        images_per_s: Training speed of this process, without compilation.
-        compile_s: Seconds until the first step was done.
-        seconds: Of this process's training with everything.
-        weights: The checkpoint's name in the folder.
-        versions: Package -> version.
-    """
-
-    folder: str
-    architecture: str
-    architecture_hash: str
-    validation_accuracy: float
-    validation_loss: float
-    validation_images: int
-    losses: tuple[float, ...]
-    accuracies: tuple[float, ...]
-    epochs: int
-    steps: int
-    train_images: int
-    seed: int
-    threads: int
-    resumed_at_epoch: int
-    images_per_s: float
-    compile_s: float
-    seconds: float
-    weights: str
-    versions: dict[str, str]
 
 
 @record
@@ -110,6 +74,7 @@ class ValidationReport:
         loss: Mean cross entropy, nats.
         images: How many were evaluated, each once.
         per_class_top1: Class -> fraction.
+        confusion_matrix: The picture that was drawn; null if none was asked for.
     """
 
     ckpt_path: str
@@ -119,239 +84,215 @@ class ValidationReport:
     loss: float
     images: int
     per_class_top1: dict[str, float]
+    confusion_matrix: str | None = None
 
 
 # ---------------------------------------------------------------------------- train
 
 
 def train_command(
-    config: str,
-    arch: str,
+    request: TrainRequest,
     *,
-    out: Path | None = None,
-    resolution: int | None = None,
-    data_dir: str | None = None,
-    seed: int = 0,
-    threads: int | None = None,
-    resume: bool = False,
-    overrides: Iterable[str] = (),
+    distribute: bool | None = None,
     on_progress: Callable[[TrainProgress], None] | None = None,
-) -> TrainReport:
+    on_note: Callable[[str], None] | None = None,
+) -> TrainReport | None:
     """Train a network with a recipe into a folder and return what came out.
 
+    With several workers, all call it; it is the first one's to return the report.
+
     Args:
-        config: A recipe by shipped name or path.
-        arch: A published network's name, set to the data's classes and channels, or a text form.
-        out: The folder; by default runs/retrain-<recipe>-<network>-seed<seed>.
-        resolution: Replaces the network's input size in pixels.
-        data_dir: Replaces the recipe's `data.path`.
-        seed: 0 to 2**32 - 1.
-        threads: CPU threads; by default all that this process may use.
-        resume: Go on in a folder that holds an unfinished training, after its last whole epoch;
-            start anew where there is none; return a finished one's report.
-        overrides: `key=value` for the recipe.
-        on_progress: Called some times an epoch.
+        request: What to train, and how.
+        distribute: Whether a launcher must have started several workers; None: whether it has.
+        on_progress: Called some times an epoch, by the first worker.
+        on_note: Called with sentences that a user should know, by the first worker.
 
     Raises:
         ConfigError: Bad input, or the folder holds a training and `resume` is not asked for.
         TrialFailed: The training diverged.
     """
-    if not 0 <= seed < 2**32:
-        raise ConfigError(f"--seed: must be in [0, 2**32), but got {seed}.")
-    threads = checked_threads(threads)
-    recipe = load_recipe(config, overrides, data_dir=data_dir)
-    architecture = network_for(arch, recipe, resolution=resolution)
-    if out is None:
-        out = Path("runs") / f"retrain-{Path(config).stem}-{architecture.hash[:8]}-seed{seed}"
-    with _claimed(out):
-        finished, state = _what_is_there(out, architecture, recipe, seed, resume=resume)
+    size = 1 if distribute is False else launched_workers()
+    threads = request.threads or max(1, checked_threads(None) // size)
+    recipe = load_recipe(request.config, request.overrides, data_dir=request.data_dir)
+    start = make_start(recipe, request)
+    recipe, batch = fit_batch(start.recipe, size, scale_lr=request.scale_lr)
+    plan = Plan(start.architecture, recipe, request.seed, start.sha256)
+    out = _folder(request, plan)
+    workers = _joined(threads, distribute) if size > 1 or distribute else None
+    first = workers is None or workers.first
+    with ExitStack() as stack:
+        if first:
+            stack.enter_context(claimed(out))
+            if not request.resume:
+                refuse_used(out, recipe)
+        finished, state = what_is_there(out, plan) if request.resume else (None, None)
+        if not first:
+            if finished is None:
+                _train(plan, start, out, threads, workers, state, None)
+            return None
         if finished is not None:
             return finished
         write_atomically(out / RECIPE, dump_yaml(recipe).encode())
-        write_atomically(out / ARCHITECTURE, (architecture.text + "\n").encode())
-        with _log_file(out / LOG):
-            return _train_into(out, architecture, recipe, seed, threads, state, on_progress)
+        write_atomically(out / ARCHITECTURE, (start.architecture.text + "\n").encode())
+        stack.enter_context(log_file(out / LOG))
+        for sentence in (batch, start.note):
+            if sentence is not None:
+                logger.info("%s", sentence)
+                if on_note is not None:
+                    on_note(sentence)
+        shown = [on_progress] if on_progress is not None else []
+        if request.tensorboard:
+            done = state.step if state is not None else 0
+            shown.append(stack.enter_context(curves(out / CURVES, done=done)))
+        return _train(plan, start, out, threads, workers, state, shown)
 
 
-def network_for(arch: str, recipe: Recipe, *, resolution: int | None = None) -> Architecture:
-    """Return the network that a name or a text form stands for, ready for a recipe's data.
-
-    A text form is taken as it is; a published network gets the data's classes and channels.
-
-    Raises:
-        ConfigError: Neither, or it cannot have this resolution.
-    """
-    architecture = adapt(find_architecture(arch), resolution=resolution)
-    if "|" in arch:
-        return architecture
-    channels = 1 if recipe.data.name in _GRAY else 3
-    data = load_data(recipe.data, architecture.resolution, channels)
-    return adapt(architecture, classes=len(data.classes), input_channels=channels)
-
-
-def checked_threads(threads: int | None) -> int:
-    """Return the number of CPU threads to use: by default all that this process may use.
-
-    Raises:
-        ConfigError: Below 1.
-    """
-    if threads is None:
-        return len(os.sched_getaffinity(0))
-    if threads < 1:
-        raise ConfigError(f"--threads: must be >= 1, but got {threads}.")
-    return threads
-
-
-@contextmanager
-def _claimed(out: Path) -> Iterator[None]:
-    """Make the folder and hold its lock."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"{out}: another process is training into this folder.") from None
-    except OSError as error:
-        raise ConfigError(
-            f"{out}: cannot be used as a folder: {error.strerror or error}."
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _what_is_there(
-    out: Path, architecture: Architecture, recipe: Recipe, seed: int, *, resume: bool
-) -> tuple[TrainReport | None, SavedState | None]:
-    """The finished or unfinished training that a folder holds; (None, None) for neither.
-
-    Raises:
-        ConfigError: It holds one, but `resume` is not asked for, or it is another training.
-    """
-    if not resume:
-        for name in (RESULT, WEIGHTS, STATE, RECIPE):
-            if (out / name).exists():
-                what = "a finished" if name in (RESULT, WEIGHTS) else "an unfinished"
-                raise ConfigError(
-                    f"{out}: holds {what} training already ({name}); choose another folder, or go"
-                    " on with --resume."
-                )
-        return None, None
-    if (out / RESULT).exists():
-        report = load_report(out)
-        there = _described(report.architecture, _saved_recipe(out), report.seed)
-        _refuse_another(out, there, _described(architecture.text, recipe, seed))
-        return report, None
-    if (out / STATE).exists():
-        state = load_state(out / STATE)
-        there = _described(state.architecture, state.recipe, state.seed)
-        _refuse_another(out, there, _described(architecture.text, recipe, seed))
-        return None, state
-    return None, None
-
-
-def load_report(out: Path) -> TrainReport:
-    """Return the report of a finished training's folder.
-
-    Raises:
-        ConfigError: There is none, or it is damaged.
-    """
-    path = out / RESULT
-    values = parse_yaml(read_text(path), where=str(path))
-    # The folder may have been moved since.
-    return build(TrainReport, {**values, "folder": str(out)}, where=str(path))
-
-
-def _saved_recipe(out: Path) -> Recipe:
-    path = out / RECIPE
-    return build(Recipe, parse_yaml(read_text(path), where=str(path)), where=str(path))
-
-
-def _described(architecture: str, recipe: Recipe, seed: int) -> dict[str, Any]:
-    """Dotted key -> value of everything that decides what a training gives."""
-    plain = {"architecture": architecture, "seed": seed, **to_plain(recipe)}
-    # The same images may lie in another place.
-    plain["data"].pop("path")
-    return _flat(plain)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _refuse_another(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> None:
-    differing = [key for key in asked if asked[key] != there.get(key)]
-    if differing:
-        listed = "; ".join(f"{key} is {there.get(key)!r}, not {asked[key]!r}" for key in differing)
-        raise ConfigError(f"{out}: holds another training: {listed}. Choose another folder.")
-
-
-def _train_into(
-    out: Path,
-    architecture: Architecture,
-    recipe: Recipe,
-    seed: int,
-    threads: int,
-    saved: SavedState | None,
-    on_progress: Callable[[TrainProgress], None] | None,
+def launch_command(
+    request: TrainRequest, workers: int, *, on_line: Callable[[str], None]
 ) -> TrainReport:
-    from retrain.train import TrainState, train
+    """Train as `train_command` does, in so many processes of this machine that msrun starts.
 
-    state, done = None, 0
-    if saved is not None:
-        done = saved.epoch
-        state = TrainState(done, saved.arrays, list(saved.losses), list(saved.accuracies))
-        logger.info("going on after epoch %d of %d", done, recipe.epochs)
+    Args:
+        request: What to train, and how; threads are those of each process.
+        workers: How many.
+        on_line: Is told what the first one prints; the others' output is in the folder.
+
+    Raises:
+        ConfigError: Bad input.
+        MnasError: The training failed.
+    """
+    if workers < 2:
+        raise ConfigError(f"--workers: must be >= 2, but got {workers}; leave it out for one.")
+    recipe = load_recipe(request.config, request.overrides, data_dir=request.data_dir)
+    start = make_start(recipe, request)
+    out = _folder(request, Plan(start.architecture, recipe, request.seed, start.sha256))
+    threads = request.threads or max(1, checked_threads(None) // workers)
+    asked = dataclasses.replace(request, out=out, threads=threads)
+    launch(workers, asked.arguments(), out / WORKERS, on_line)
+    return load_report(out)
+
+
+def _folder(request: TrainRequest, plan: Plan) -> Path:
+    if request.out is not None:
+        return request.out
+    kind = "finetune" if request.finetune else "retrain"
+    name = f"{kind}-{Path(request.config).stem}-{plan.architecture.hash[:8]}-seed{plan.seed}"
+    return Path("runs") / name
+
+
+def _joined(threads: int, distribute: bool | None) -> Workers:
+    from retrain.distributed import join_workers
+    from retrain.train import prepare_process
+
+    prepare_process(threads)
+    return join_workers(distribute)
+
+
+def _train(
+    plan: Plan,
+    start: Start,
+    out: Path,
+    threads: int,
+    workers: Workers | None,
+    state: TrainState | None,
+    shown: list[Callable[[TrainProgress], None]] | None,
+) -> TrainReport:
+    """Train; the first worker, which has a list of whom to show progress, writes the files."""
+    from retrain.train import train
+
+    def show(progress: TrainProgress) -> None:
+        for one in shown or ():
+            one(progress)
 
     def keep(state: TrainState) -> None:
-        logger.info(
-            "epoch %d of %d: loss %.4f, validation accuracy %.4f",
-            state.epoch, recipe.epochs, state.losses[-1], state.accuracies[-1],
-        )  # fmt: skip
-        save_state(
-            out / STATE,
-            SavedState(
-                architecture.text, recipe, seed, state.epoch, tuple(state.losses),
-                tuple(state.accuracies), state.arrays,
-            ),
-        )  # fmt: skip
+        if shown is not None:
+            _keep(out, plan, state)
 
-    logger.info("training %s with seed %d on %d threads", architecture.text, seed, threads)
+    done = state.epoch if state is not None else 0
+    logger.info(
+        "training %s with seed %d on %d threads from epoch %d on",
+        plan.architecture.text, plan.seed, threads, done + 1,
+    )  # fmt: skip
     try:
         result = train(
-            architecture,
-            recipe,
-            seed=seed,
+            plan.architecture,
+            plan.recipe,
+            seed=plan.seed,
             threads=threads,
-            on_progress=on_progress,
+            on_progress=show,
+            start=start.weights,
             state=state,
-            on_epoch=keep,
+            on_state=keep,
+            workers=workers,
         )
     except Exception:
         logger.exception("the training failed")
         raise
-    made_by = versions()
-    checkpoint = Checkpoint(
-        architecture=architecture,
-        style=recipe.style,
-        normalisation=result.data.normalisation,
-        classes=tuple(result.data.classes),
-        versions=made_by,
-        weights=dict(result.weights),
-        training=Training(recipe, seed, recipe.epochs, result.accuracy),
+    report = _report(out, plan, result, threads, done, 1 if workers is None else workers.size)
+    if shown is not None:
+        _save_weights(
+            out / report.weights, plan, plan.recipe.epochs, result.accuracy, result.weights,
+            result.data,
+        )  # fmt: skip
+        # Last, so that a folder with a result holds all the rest.
+        text = json.dumps(to_plain(report), indent=1, allow_nan=False)
+        write_atomically(out / RESULT, text.encode())
+        (out / STATE).unlink(missing_ok=True)
+        logger.info("done: validation accuracy %.4f", result.accuracy)
+    return report
+
+
+def _keep(out: Path, plan: Plan, state: TrainState) -> None:
+    """Save where to go on, and at an epoch's end the weights that the recipe wants kept."""
+    recipe, kept = plan.recipe, plan.recipe.checkpoints
+    save_state(
+        out / STATE, SavedState(plan.architecture.text, recipe, plan.seed, plan.start, state)
     )
-    save_checkpoint(out / WEIGHTS, checkpoint)
-    report = TrainReport(
+    if len(state.arrays["epoch_losses"]):
+        return
+    epoch, accuracy = state.epoch, state.accuracies[-1]
+    logger.info(
+        "epoch %d of %d: loss %.4f, validation accuracy %.4f",
+        epoch, recipe.epochs, state.losses[-1], accuracy,
+    )  # fmt: skip
+    paths = []
+    if kept.keep_best and accuracy > max(state.accuracies[:-1], default=-1.0):
+        paths.append(out / weights_name(recipe, "best"))
+    if kept.keep_last:
+        (out / EPOCHS).mkdir(exist_ok=True)
+        paths.append(out / EPOCHS / weights_name(recipe, f"epoch_{epoch:04d}"))
+        old = weights_name(recipe, f"epoch_{epoch - kept.keep_last:04d}")
+        (out / EPOCHS / old).unlink(missing_ok=True)
+    network = plan.architecture
+    data = load_data(recipe.data, network.resolution, network.input_channels, recipe.augment)
+    for path in paths:
+        weights = state.evaluated_weights(network)
+        _save_weights(path, plan, epoch, accuracy, weights, data)
+
+
+def _save_weights(
+    path: Path, plan: Plan, epochs: int, accuracy: float, weights: Weights, data: DataSet
+) -> None:
+    checkpoint = Checkpoint(
+        architecture=plan.architecture,
+        style=plan.recipe.style,
+        normalisation=data.normalisation,
+        classes=tuple(data.classes),
+        versions=versions(),
+        weights=dict(weights),
+        training=Training(plan.recipe, plan.seed, epochs, accuracy),
+    )
+    save_checkpoint(path, checkpoint)
+
+
+def _report(
+    out: Path, plan: Plan, result: TrainResult, threads: int, done: int, workers: int
+) -> TrainReport:
+    recipe = plan.recipe
+    return TrainReport(
         folder=str(out),
-        architecture=architecture.text,
-        architecture_hash=architecture.hash,
+        architecture=plan.architecture.text,
+        architecture_hash=plan.architecture.hash,
         validation_accuracy=result.accuracy,
         validation_loss=result.validation.loss,
         validation_images=result.validation.images,
@@ -360,38 +301,18 @@ def _train_into(
         epochs=recipe.epochs,
         steps=result.steps,
         train_images=len(result.data.train),
-        seed=seed,
+        seed=plan.seed,
         threads=threads,
         resumed_at_epoch=done,
         images_per_s=result.images_per_s,
         compile_s=result.compile_s,
         seconds=result.seconds,
-        weights=WEIGHTS,
-        versions=made_by,
+        weights=weights_name(recipe),
+        versions=versions(),
+        workers=workers,
+        global_batch=recipe.batch_size * recipe.accumulate * workers,
+        start=plan.start,
     )
-    # Last, so that a folder with a result holds all the rest.
-    text = json.dumps(to_plain(report), indent=1, allow_nan=False)
-    write_atomically(out / RESULT, text.encode())
-    (out / STATE).unlink(missing_ok=True)
-    logger.info("done: validation accuracy %.4f", result.accuracy)
-    return report
-
-
-@contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    """Let this room's messages go to a file, too."""
-    room = logging.getLogger("retrain")
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    before = room.level
-    room.addHandler(handler)
-    room.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        room.removeHandler(handler)
-        room.setLevel(before)
-        handler.close()
 
 
 # ---------------------------------------------------------------------------- validate, export
@@ -403,6 +324,7 @@ def validate_command(
     config: str | None = None,
     split: Literal["validation", "test"] = "validation",
     data_dir: str | None = None,
+    confusion_matrix: Path | None = None,
     threads: int | None = None,
 ) -> ValidationReport:
     """Evaluate a checkpoint on a part of a data set, by default the one it was trained on.
@@ -413,21 +335,30 @@ def validate_command(
             the checkpoint's, whatever the recipe says.
         split: `test` stands apart from all choices: use it once, at the end.
         data_dir: Where the images are, if not where they were.
+        confusion_matrix: Draw which class was taken for which into this PNG file.
         threads: CPU threads; by default all that this process may use.
 
     Raises:
         ConfigError: The checkpoint or the data do not work.
     """
+    if confusion_matrix is not None and confusion_matrix.suffix != ".png":
+        raise ConfigError(f"--confusion_matrix: must end in .png, but got {confusion_matrix}.")
     if split not in ("validation", "test"):
         raise ConfigError(f"--split: must be validation or test, but got {split!r}.")
     threads = checked_threads(threads)
     checkpoint = load_checkpoint(ckpt_path)
-    recipe = _recipe_of(checkpoint, ckpt_path, config, data_dir)
-    data = _data_of(checkpoint, recipe)
-    from retrain.evaluate import evaluate
+    recipe = recipe_of(checkpoint, ckpt_path, config, data_dir)
+    data = data_of(checkpoint, recipe)
+    from retrain.evaluate import evaluation_of, logits_of
 
-    network = _network_of(checkpoint, threads)
-    found = evaluate(network, data, data.split(split), recipe.eval_batch_size)
+    network, labels = network_of(checkpoint, threads), data.split(split).labels
+    logits = logits_of(network, data, data.split(split), recipe.eval_batch_size)
+    found = evaluation_of(logits, labels)
+    if confusion_matrix is not None:
+        from retrain.confusion import confusion_png, count_confusions
+
+        counts = count_confusions(labels, logits.argmax(axis=1), len(data.classes))
+        write_atomically(confusion_matrix, confusion_png(counts, data.classes))
     return ValidationReport(
         ckpt_path=str(ckpt_path),
         split=split,
@@ -436,6 +367,7 @@ def validate_command(
         loss=found.loss,
         images=found.images,
         per_class_top1=dict(zip(data.classes, found.per_class_top1, strict=True)),
+        confusion_matrix=None if confusion_matrix is None else str(confusion_matrix),
     )
 
 
@@ -477,15 +409,15 @@ def export_command(
                 f"{path}: is there already; choose another name, or give --overwrite."
             )
     checkpoint = load_checkpoint(ckpt_path)
-    recipe = _recipe_of(checkpoint, ckpt_path, config, data_dir)
-    data = _data_of(checkpoint, recipe)
+    recipe = recipe_of(checkpoint, ckpt_path, config, data_dir)
+    data = data_of(checkpoint, recipe)
     from retrain.export import export_checkpoint
 
     return export_checkpoint(
         checkpoint,
         out,
         format=format,
-        network=_network_of(checkpoint, threads),
+        network=network_of(checkpoint, threads),
         data=data,
         batch_size=recipe.eval_batch_size,
         threads=threads,
@@ -503,62 +435,3 @@ def export_suffix(format: str) -> str:
         known = hint or f"; must be one of {', '.join(EXPORT_SUFFIXES)}."
         raise ConfigError(f"--format: unknown format {format!r}{known}")
     return EXPORT_SUFFIXES[format]
-
-
-def _recipe_of(
-    checkpoint: Checkpoint, ckpt_path: Path, config: str | None, data_dir: str | None
-) -> Recipe:
-    """The recipe asked for, or that of the checkpoint's training in the folder asked for.
-
-    Raises:
-        ConfigError: Neither is there, or its data cannot lie in a folder.
-    """
-    if config is not None:
-        return load_recipe(config, data_dir=data_dir)
-    if checkpoint.training is None:
-        raise ConfigError(
-            f"{ckpt_path}: holds weights from elsewhere, without a training whose data could be"
-            " taken; say which data with --config RECIPE."
-        )
-    recipe = checkpoint.training.recipe
-    if data_dir is None:
-        return recipe
-    try:
-        return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, path=data_dir))
-    except ValueError as error:
-        raise ConfigError(f"--data_dir: {error}.") from None
-
-
-def _data_of(checkpoint: Checkpoint, recipe: Recipe) -> DataSet:
-    """A recipe's data set, normalised as the checkpoint says.
-
-    Raises:
-        ConfigError: Its classes are not those of the checkpoint.
-    """
-    network = checkpoint.architecture
-    data = copy.copy(load_data(recipe.data, network.resolution, network.input_channels))
-    if len(data.classes) != network.classes:
-        raise ConfigError(
-            f"data: the data set must have as many classes as the network, {network.classes}, but"
-            f" has {len(data.classes)}."
-        )
-    if checkpoint.classes and tuple(data.classes) != checkpoint.classes:
-        differing = sorted(set(data.classes) ^ set(checkpoint.classes))[:5]
-        raise ConfigError(
-            f"data.path: the data set's classes must be those of the checkpoint, but they differ"
-            f" in {', '.join(differing) or 'their order'}."
-        )
-    data.normalisation = checkpoint.normalisation
-    return data
-
-
-def _network_of(checkpoint: Checkpoint, threads: int) -> Any:
-    """The MindSpore network with the checkpoint's weights."""
-    from retrain.train import prepare_process, set_weights
-    from space.network import build_network
-
-    prepare_process(threads)
-    network = build_network(checkpoint.architecture, checkpoint.style, seed=0)
-    set_weights(network, checkpoint.weights)
-    network.set_train(False)
-    return network

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
+from retrain.data_config import AugmentConfig, DataConfig
 from space.architecture import NetworkStyle
 from space.records import apply_overrides, build, find_config, load_yaml, record
 
@@ -15,72 +16,31 @@ def _require(name: str, value: float, low: float, high: float) -> None:
 
 
 @record
-class DataConfig:
-    """A data set and how its training set is split.
-
-    Attributes:
-        name: `digits` (scikit-learn's, nothing to download), `fashion_mnist` (a folder with the
-            four idx .gz files), `image_folder` (train/<class>/ and val/<class>/ folders).
-        path: The folder; none for digits.
-        validation_fraction: Share of each class of the *training* set that is held out.
-        split_seed: Of the choice of held-out images: the same for all networks of a campaign.
-        train_images: Train on so many of the remaining images; None takes all.
-    """
-
-    name: Literal["digits", "fashion_mnist", "image_folder"]
-    path: str | None = None
-    validation_fraction: float = 0.1
-    split_seed: int = 0
-    train_images: int | None = None
-
-    def __post_init__(self) -> None:
-        _require("validation_fraction", self.validation_fraction, 0.001, 0.9)
-        _require("split_seed", self.split_seed, 0, 2**63)
-        if self.train_images is not None and self.train_images < 1:
-            raise ValueError(f"train_images must be >= 1, but got {self.train_images}")
-        if (self.path is None) != (self.name == "digits"):
-            given = repr(self.path)
-            rule = "must be left out for digits" if self.name == "digits" else "must be a folder"
-            raise ValueError(f"path {rule}, but got {given}")
-
-
-@record
-class AugmentConfig:
-    """Random changes of training images, drawn anew in every epoch.
-
-    Attributes:
-        shift: Largest shift in pixels, each direction; the border is filled with the first pixel
-            value of the normalisation (zero).
-        flip: Whether images are flipped left to right with probability 1/2.
-    """
-
-    shift: int = 0
-    flip: bool = False
-
-    def __post_init__(self) -> None:
-        _require("shift", self.shift, 0, 64)
-
-
-@record
 class OptimizerConfig:
     """How gradients change weights.
 
     Attributes:
-        name: `rmsprop` as TensorFlow has it (epsilon inside the root, the mean square starts at 1)
-            or `sgd`.
-        momentum: Of both.
+        name: `rmsprop` as TensorFlow has it (epsilon inside the root, the mean square starts at
+            1), `sgd`, or `adamw` (Loshchilov and Hutter, 2019), with the epsilon beside
+            the root of the mean square before its bias is corrected, as TensorFlow has it.
+        momentum: RMSProp's and SGD's.
         decay: RMSProp's, of the mean square.
-        epsilon: RMSProp's.
+        epsilon: RMSProp's and AdamW's.
         nesterov: SGD's.
-        weight_decay: Times the weights, added to the gradient.
+        beta1: AdamW's, of the mean gradient.
+        beta2: AdamW's, of the mean square.
+        weight_decay: Times the weights, added to the gradient; AdamW takes it off the weights
+            themselves, times the learning rate.
         decay_norm_and_bias: Whether weight decay is applied to batch norms and biases, too.
     """
 
-    name: Literal["rmsprop", "sgd"] = "rmsprop"
+    name: Literal["rmsprop", "sgd", "adamw"] = "rmsprop"
     momentum: float = 0.9
     decay: float = 0.9
     epsilon: float = 1e-3
     nesterov: bool = False
+    beta1: float = 0.9
+    beta2: float = 0.999
     weight_decay: float = 1e-5
     decay_norm_and_bias: bool = False
 
@@ -88,6 +48,8 @@ class OptimizerConfig:
         _require("momentum", self.momentum, 0, 1)
         _require("decay", self.decay, 0, 1)
         _require("epsilon", self.epsilon, 1e-12, 10)
+        _require("beta1", self.beta1, 0, 0.999999)
+        _require("beta2", self.beta2, 0, 0.999999)
         _require("weight_decay", self.weight_decay, 0, 1)
         if self.nesterov and (self.name != "sgd" or self.momentum == 0):
             raise ValueError(
@@ -126,20 +88,98 @@ class ScheduleConfig:
 
 
 @record
+class PrecisionConfig:
+    """In which numbers a step computes; the weights and the optimizer stay float32.
+
+    Attributes:
+        amp_level: MindSpore's: `O0` all float32, `O2` float16 but for batch norms, `O3` all
+            float16. On a CPU, float16 runs but is no faster.
+        loss_scale: The loss is multiplied by it, and the gradients divided; where it changes by
+            itself, where it starts.
+        dynamic: Halve the scale and leave out the step when a gradient is not finite; double it
+            after `growth_steps` steps without that.
+        growth_steps: Optimizer steps.
+    """
+
+    amp_level: Literal["O0", "O2", "O3"] = "O0"
+    loss_scale: float = 1.0
+    dynamic: bool = False
+    growth_steps: int = 2000
+
+    def __post_init__(self) -> None:
+        _require("loss_scale", self.loss_scale, 1, 2**24)
+        _require("growth_steps", self.growth_steps, 1, 1_000_000)
+
+
+@record
+class CheckpointConfig:
+    """What a training keeps on the way; none of it changes what comes out.
+
+    Attributes:
+        every_steps: Besides every epoch's end, save the state to go on from so often, in optimizer
+            steps; None: at epochs' ends only.
+        keep_last: Keep the weights of so many last epochs.
+        keep_best: Keep the weights of the epoch with the highest validation accuracy.
+        format: Of all weights written: `safetensors`, or MindSpore's `ckpt`.
+    """
+
+    every_steps: int | None = None
+    keep_last: int = 0
+    keep_best: bool = True
+    format: Literal["safetensors", "ckpt"] = "safetensors"
+
+    def __post_init__(self) -> None:
+        if self.every_steps is not None:
+            _require("every_steps", self.every_steps, 1, 2**31)
+        _require("keep_last", self.keep_last, 0, 100_000)
+
+
+@record
+class NetworkConfig:
+    """The network that a recipe is for, where the command line names none.
+
+    Attributes:
+        name: A published name or a text form (space.mnasnet.find_architecture).
+        width: Multiplier of stem and blocks.
+        resolution: Input pixels; None: the network's own.
+    """
+
+    name: str
+    width: float = 1.0
+    resolution: int | None = None
+
+    def __post_init__(self) -> None:
+        _require("width", self.width, 0.01, 16)
+
+
+@record
 class Recipe:
     """A training: one loop serves the child training and the full retrain.
 
     Attributes:
         data: The data set.
         epochs: Passes over the training images.
-        batch_size: Images per step; a last partial batch of an epoch is dropped.
+        batch_size: Images per worker and forward pass; what does not fill a last optimizer step
+            of an epoch is dropped.
+        accumulate: Forward passes whose gradients are averaged for one optimizer step.
+        global_batch: The images per optimizer step, batch_size * accumulate * workers, that the
+            learning rate is for; another one is warned of. None: any.
         eval_batch_size: Images per evaluation step; every image is evaluated once.
         optimizer: How gradients change weights.
         schedule: The learning rate.
         label_smoothing: Share of the target spread over all classes.
         dropout: Share of the pooled features that are zeroed in training.
+        drop_path: Probability with which the last residual layer is left out for an image in
+            training; the layers before it less, linearly (Huang et al., 2016).
         ema_decay: Of the moving average of the weights that is evaluated and kept; None: off.
         clip_norm: Largest global norm of the gradient; None: off.
+        precision: Number formats and the scale of the loss.
+        batch_norm: `train` normalises with each worker's batch and moves the statistics; `frozen`
+            normalises with the statistics and leaves them alone.
+        frozen_stages: Of the stem, the blocks and the head, in this order, so many first ones keep
+            their weights and statistics.
+        network: The network that the recipe is for.
+        checkpoints: What is kept on the way.
         augment: Random changes of training images.
         style: Padding and batch norm of the network.
     """
@@ -147,22 +187,35 @@ class Recipe:
     data: DataConfig
     epochs: int
     batch_size: int = 64
+    accumulate: int = 1
+    global_batch: int | None = None
     eval_batch_size: int = 256
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     label_smoothing: float = 0.1
     dropout: float = 0.0
+    drop_path: float = 0.0
     ema_decay: float | None = None
     clip_norm: float | None = None
+    precision: PrecisionConfig = PrecisionConfig()
+    batch_norm: Literal["train", "frozen"] = "train"
+    frozen_stages: int = 0
     augment: AugmentConfig = AugmentConfig()
     style: NetworkStyle = NetworkStyle()
+    network: NetworkConfig | None = None
+    checkpoints: CheckpointConfig = CheckpointConfig()
 
     def __post_init__(self) -> None:
         _require("epochs", self.epochs, 1, 100_000)
         _require("batch_size", self.batch_size, 1, 1_000_000)
+        _require("accumulate", self.accumulate, 1, 100_000)
+        if self.global_batch is not None:
+            _require("global_batch", self.global_batch, 1, 100_000_000)
         _require("eval_batch_size", self.eval_batch_size, 1, 1_000_000)
         _require("label_smoothing", self.label_smoothing, 0, 0.999)
         _require("dropout", self.dropout, 0, 0.999)
+        _require("drop_path", self.drop_path, 0, 0.999)
+        _require("frozen_stages", self.frozen_stages, 0, 1000)
         if self.ema_decay is not None:
             _require("ema_decay", self.ema_decay, 0, 0.999999)
         if self.clip_norm is not None and self.clip_norm <= 0:

@@ -1,63 +1,48 @@
-"""Data sets as arrays in memory: loaded, resized once, split, and handed out in batches.
+"""Data sets: loaded, split, and handed out in batches that seed, epoch and step alone decide.
 
-Small images fit in memory and are cheaper to slice there than to push through a pipeline of
-threads: a batch of 64 digits takes 0.8 ms of CPU with its shifts, and 4.8 ms without any through
-MindSpore's NumpySlicesDataset with one worker. The validation images are taken from the training
-set; the test set stands apart.
+    data = load_data(recipe.data, resolution, channels, recipe.augment)
+    for images, labels in train_batches(data, recipe.augment, batch_size=64, seed=0, epoch=3):
+        ...                          # float32 (64, channels, resolution, resolution), int32 (64,)
+    for images, labels in eval_batches(data, data.validation, 256):
+        ...                          # every image once; the last batch holds what is left
+
+Small data sets are arrays, cut once and shared by the processes of a machine; image files and
+MindRecord are decoded batch by batch, by threads, ahead of the training. The validation images are
+taken from the training set; the test set stands apart.
 """
 
 from __future__ import annotations
 
 import functools
-import gzip
-import math
-import zlib
+import itertools
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from retrain.config import AugmentConfig, DataConfig
+from retrain.data_ahead import Begun, batches_ahead
+from retrain.data_config import AugmentConfig, DataConfig
+from retrain.data_images import EncodedImage, Pixels, Rows, Split, check_rank
+from retrain.data_sources import load_source, source_classes
 from space.errors import ConfigError
 from space.records import record
 
 if TYPE_CHECKING:
-    from PIL import Image
+    from retrain.augment import Mix
 
-#: The arrays of one data set may take so much memory.
-MAX_ARRAY_BYTES = 8 * 2**30
+__all__ = [
+    "DataSet", "Normalisation", "Split", "class_names", "epoch_order", "eval_batches", "load_data",
+    "train_batch", "train_batches",
+]  # fmt: skip
 
-_IDX_FILES = {
-    "train_images": "train-images-idx3-ubyte.gz",
-    "train_labels": "train-labels-idx1-ubyte.gz",
-    "test_images": "t10k-images-idx3-ubyte.gz",
-    "test_labels": "t10k-labels-idx1-ubyte.gz",
-}
-_FASHION_CLASSES = (
-    "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag",
-    "Ankle boot",
-)  # fmt: skip
-_IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
-#: Of the digits, every fifth image of each class is a test image.
-_DIGITS_TEST_EVERY = 5
+#: Images, float32 (n, channels, size, size), and labels: int32 (n,), or float32 (n, classes) where
+#: images are mixed.
+Batch = tuple[NDArray[np.float32], NDArray[np.int32] | NDArray[np.float32]]
 
-
-class Split:
-    """Images and labels of one part of a data set.
-
-    Attributes:
-        images: uint8, (n, channels, size, size).
-        labels: int32, (n,).
-    """
-
-    def __init__(self, images: NDArray[np.uint8], labels: NDArray[np.int32]) -> None:
-        self.images = images
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
+#: Images that a thread takes at a time; even, for mixing takes neighbours.
+_CHUNK = 8
 
 
 @record
@@ -85,23 +70,23 @@ class DataSet:
         train: What is trained on.
         validation: Held out from the training set; chooses.
         test: Used once, at the end.
-        normalisation: Measured on the training images, at most 2,000 of them, evenly spaced.
+        normalisation: The one given, or measured on some 2,000 of the training images, evenly
+            spaced.
     """
 
     def __init__(
-        self, classes: tuple[str, ...], train: Split, validation: Split, test: Split
+        self,
+        classes: tuple[str, ...],
+        train: Split,
+        validation: Split,
+        test: Split,
+        normalisation: Normalisation | None = None,
     ) -> None:
         self.classes = classes
         self.train = train
         self.validation = validation
         self.test = test
-        # Evenly spaced: a folder's images come sorted by class.
-        sample = train.images[:: max(1, len(train) // 2000)]
-        pixels = sample.astype(np.float64) / 255
-        self.normalisation = Normalisation(
-            tuple(round(float(mean), 4) for mean in pixels.mean(axis=(0, 2, 3))),
-            tuple(max(0.001, round(float(std), 4)) for std in pixels.std(axis=(0, 2, 3))),
-        )
+        self.normalisation = normalisation or _measured(train)
 
     def split(self, name: str) -> Split:
         """Return `train`, `validation` or `test`.
@@ -114,36 +99,49 @@ class DataSet:
             raise ConfigError(f"split must be one of {', '.join(splits)}, but got {name!r}.")
         return splits[name]
 
-    def normalise(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Return float32 images of the same shape, normalised."""
+    def normalise(
+        self, images: NDArray[np.uint8], out: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """Return float32 images of the same shape, normalised; `out`, if it is given."""
         mean = np.array(self.normalisation.mean)[:, None, None]
         deviation = np.array(self.normalisation.deviation)[:, None, None]
         scale = (1 / (255 * deviation)).astype(np.float32)
         offset = (mean / deviation).astype(np.float32)
-        normalised: NDArray[np.float32] = images.astype(np.float32) * scale - offset
+        # Without temporary arrays, which take longer than the arithmetic.
+        normalised: NDArray[np.float32] = np.multiply(images, scale, out=out, dtype=np.float32)
+        normalised -= offset
         return normalised
 
 
+def _measured(train: Split) -> Normalisation:
+    # Evenly spaced: a folder's images come sorted by class.
+    sample = train.views(np.arange(0, len(train), max(1, len(train) // 2000)))
+    pixels = sample.astype(np.float64) / 255
+    return Normalisation(
+        tuple(round(float(mean), 4) for mean in pixels.mean(axis=(0, 2, 3))),
+        tuple(max(0.001, round(float(std), 4)) for std in pixels.std(axis=(0, 2, 3))),
+    )
+
+
 @functools.lru_cache(maxsize=2)
-def load_data(config: DataConfig, resolution: int, channels: int) -> DataSet:
+def load_data(
+    config: DataConfig,
+    resolution: int,
+    channels: int,
+    augment: AugmentConfig = AugmentConfig(),  # noqa: B008 (frozen)
+) -> DataSet:
     """Return a data set at a network's resolution and number of channels; loaded once a process.
 
+    Of `augment`, it matters how image files are cut in evaluation, whether training cuts them
+    otherwise (then they are not kept as arrays), and the normalisation.
+
     Raises:
-        ConfigError: The folder lacks files, a file is damaged, the images take too much memory, or
-            there are too few of them for what is asked.
+        ConfigError: The folder lacks files, a file is damaged, or there are too few images for
+            what is asked.
     """
-    if channels not in (1, 3):
-        raise ConfigError(
-            f"input_channels: must be 1 or 3 for images, but the network has {channels}."
-        )
-    loaders = {"digits": _digits, "fashion_mnist": _fashion_mnist, "image_folder": _image_folder}
-    classes, train, test = loaders[config.name](config.path or "", resolution, channels)
-    kept, held_out = _stratified(train.labels, config.validation_fraction, config.split_seed)
-    if not len(held_out):
-        raise ConfigError(
-            f"data.validation_fraction: {config.validation_fraction} of {len(train)} training"
-            " images leaves none to validate on; every class needs two at least."
-        )
+    _check_channels(channels, augment)
+    classes, train, test = load_source(config, resolution, channels, augment)
+    kept, held_out = _held_out(train.labels, config)
     if config.train_images is not None:
         if config.train_images > len(kept):
             raise ConfigError(
@@ -152,12 +150,10 @@ def load_data(config: DataConfig, resolution: int, channels: int) -> DataSet:
             )
         rng = np.random.default_rng([config.split_seed, 1])
         kept = np.sort(rng.permutation(kept)[: config.train_images])
-    return DataSet(
-        classes,
-        Split(train.images[kept], train.labels[kept]),
-        Split(train.images[held_out], train.labels[held_out]),
-        test,
-    )
+    normalisation = None
+    if augment.mean is not None and augment.std is not None:
+        normalisation = Normalisation(augment.mean, augment.std)
+    return DataSet(classes, train.take(kept), train.take(held_out), test, normalisation)
 
 
 def class_names(config: DataConfig) -> tuple[str, ...]:
@@ -166,34 +162,66 @@ def class_names(config: DataConfig) -> tuple[str, ...]:
     Raises:
         ConfigError: The folder lacks files, or one is damaged as far as a quick look shows.
     """
-    folder = Path(config.path or "")
-    if config.name == "digits":
-        return tuple(str(digit) for digit in range(10))
-    if config.name == "fashion_mnist":
-        for file in _IDX_FILES.values():
-            _read_idx(folder / file)
-        return _FASHION_CLASSES
-    _class_folders(folder / "val")
-    return tuple(sorted(_class_folders(folder / "train")))
+    return source_classes(config)
 
 
-def _stratified(
-    labels: NDArray[np.int32], fraction: float, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Indices that are kept and that are held out, the same share of each class, at least one."""
-    rng = np.random.default_rng(seed)
-    held_out = []
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        count = min(len(members) - 1, max(1, round(fraction * len(members))))
-        held_out.append(rng.permutation(members)[:count])
-    chosen = np.sort(np.concatenate(held_out))
-    mask = np.ones(len(labels), bool)
-    mask[chosen] = False
-    return np.flatnonzero(mask), chosen
+def _check_channels(channels: int, augment: AugmentConfig) -> None:
+    if channels not in (1, 3):
+        raise ConfigError(
+            f"input_channels: must be 1 or 3 for images, but the network has {channels}."
+        )
+    if augment.changes_colours and channels != 3:
+        raise ConfigError(
+            "augment: color_jitter and auto_augment need a network with 3 channels, but it has"
+            f" {channels}; leave them out."
+        )
+    if augment.mean is not None and len(augment.mean) != channels:
+        raise ConfigError(
+            f"augment.mean: must have a number for each of the network's {channels} channels, but"
+            f" got {list(augment.mean)}."
+        )
 
 
-# ---------------------------------------------------------------------------- batches
+def _held_out(labels: NDArray[np.int32], config: DataConfig) -> tuple[Rows, Rows]:
+    """Rows that are kept and rows that are held out, in each class its share."""
+    sizes = np.bincount(labels)
+    counts = _held_out_counts(sizes, config)
+    if not counts.sum():
+        raise ConfigError(
+            f"data.validation_fraction: {config.validation_fraction} of {len(labels)} training"
+            " images leaves none to validate on; every class needs two at least."
+        )
+    rng = np.random.default_rng(config.split_seed)
+    by_class = np.split(np.argsort(labels, kind="stable"), np.cumsum(sizes)[:-1])
+    held_out = [
+        rng.permutation(rows)[:count]
+        for rows, count in zip(by_class, counts, strict=True)
+        if len(rows)
+    ]
+    mask = np.zeros(len(labels), bool)
+    mask[np.concatenate(held_out)] = True
+    return np.flatnonzero(~mask), np.flatnonzero(mask)
+
+
+def _held_out_counts(sizes: NDArray[np.int64], config: DataConfig) -> NDArray[np.int64]:
+    """How many images of each class are held out; a fraction keeps one of each, at least."""
+    if config.validation_images is None:
+        wanted = [max(1, round(config.validation_fraction * int(size))) for size in sizes]
+        return np.minimum(wanted, np.maximum(sizes - 1, 0)).astype(np.int64)
+    if config.validation_images > sizes.sum() // 2:
+        raise ConfigError(
+            f"data.validation_images: must be at most half of the {sizes.sum()} training images,"
+            f" but got {config.validation_images}."
+        )
+    # Largest remainders: the counts add up to what is asked.
+    shares = config.validation_images * sizes / sizes.sum()
+    counts: NDArray[np.int64] = np.floor(shares).astype(np.int64)
+    missing = config.validation_images - counts.sum()
+    counts[np.argsort(counts - shares, kind="stable")[:missing]] += 1
+    return counts
+
+
+# ---------------------------------------------------------------------------- training
 
 
 def epoch_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -201,215 +229,247 @@ def epoch_order(count: int, *, seed: int, epoch: int) -> NDArray[np.int64]:
     return np.random.default_rng([seed, 1, epoch]).permutation(count)
 
 
+def train_batches(
+    data: DataSet,
+    augment: AugmentConfig,
+    *,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    start_batch: int = 0,
+    rank: int = 0,
+    ranks: int = 1,
+    workers: int | None = None,
+) -> Iterator[Batch]:
+    """Yield one process's batches of an epoch, made by threads ahead of the training.
+
+    The epoch's order, shared by all processes, is cut into global batches of batch_size * ranks
+    images, each into one batch for every process; what does not fill a last global batch is left
+    out, another part in every epoch. What a batch holds depends on seed, epoch, its number, rank
+    and ranks: not on how many threads make it, nor on which batch the iteration starts with. Two
+    processes' batches of 32, one after the other, are one process's batch of 64.
+
+    Args:
+        data: The data set; all of its `train` is used.
+        augment: Random changes. With mixup or cutmix, labels are float32 (n, classes).
+        batch_size: Images of a batch of one process; even for mixup and cutmix.
+        seed: 0 to 2**63.
+        epoch: From 0.
+        start_batch: The batch to start with: where to go on in the middle of an epoch.
+        rank: This process's number.
+        ranks: How many processes share the training.
+        workers: Threads; None: as many as this process has cores.
+
+    Raises:
+        ConfigError: An image cannot be read (when its batch is reached), too few for one batch, or
+            an odd batch size with mixup or cutmix.
+    """
+    check_rank(rank, ranks)
+    steps = len(data.train) // (batch_size * ranks)
+    if not steps:
+        raise ConfigError(
+            f"batch_size must be at most the {len(data.train)} training images / {ranks} workers,"
+            f" but got {batch_size}."
+        )
+    if augment.mixes and batch_size % 2:
+        raise ConfigError(f"batch_size must be even for mixup and cutmix, but got {batch_size}.")
+    order = epoch_order(len(data.train), seed=seed, epoch=epoch)
+    order = order[: steps * batch_size * ranks].reshape(steps, ranks, batch_size)[:, rank]
+    encoded = data.train.stream(order[start_batch:].ravel())
+    first = rank * batch_size
+
+    def begin(pool: ThreadPoolExecutor, number: int) -> Begun:
+        step = epoch * steps + number
+        draws = _draw(augment, data, seed, step, batch_size * ranks)
+        return _begin_training(
+            pool,
+            data,
+            augment,
+            order[number],
+            list(itertools.islice(encoded, batch_size)),
+            draws.part(first, first + batch_size),
+        )
+
+    yield from batches_ahead(begin, range(start_batch, steps), workers)
+
+
 def train_batch(
     data: DataSet, indices: NDArray[np.int64], augment: AugmentConfig, *, seed: int, step: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """Return normalised, augmented images (n, channels, size, size) and labels (n,).
+    """Return normalised images (n, channels, size, size), shifted and flipped, and labels (n,).
 
-    The random changes depend on seed and step alone.
+    The random changes depend on seed and step alone. For a data set in arrays; the other changes
+    are train_batches'.
     """
-    images = data.train.images[indices]
-    if augment.shift or augment.flip:
-        images = _augmented(images, augment, np.random.default_rng([seed, 2, step]))
+    draws = _draw(augment, data, seed, step, len(indices))
+    images = _shifted_and_flipped(data.train.views(indices), augment, draws)
     return data.normalise(images), data.train.labels[indices]
 
 
-def _augmented(
-    images: NDArray[np.uint8], augment: AugmentConfig, rng: np.random.Generator
-) -> NDArray[np.uint8]:
-    n, _, height, width = images.shape
+class _Draws(NamedTuple):
+    """What is drawn for some images of a global batch.
+
+    Attributes:
+        seed: Of the training.
+        step: The global batch's number, counted through all epochs.
+        places: Of the images in the global batch; each has a Generator of its own for the rest.
+        offsets: (n, 2), of the shift.
+        flips: (n, 2), whether left to right and upside down.
+        mix: Of the whole batch.
+    """
+
+    seed: int
+    step: int
+    places: range
+    offsets: Rows
+    flips: NDArray[np.bool_]
+    mix: Mix | None
+
+    def part(self, start: int, stop: int) -> _Draws:
+        some = slice(start, stop)
+        return self._replace(
+            places=self.places[some], offsets=self.offsets[some], flips=self.flips[some]
+        )
+
+    def generators(self) -> list[np.random.Generator]:
+        return [np.random.default_rng([self.seed, 4, self.step, p]) for p in self.places]
+
+
+def _draw(augment: AugmentConfig, data: DataSet, seed: int, step: int, count: int) -> _Draws:
+    """Draw for a global batch of `count` images."""
+    rng = np.random.default_rng([seed, 2, step])
+    offsets = np.zeros((count, 2), np.int64)
+    if augment.shift:
+        offsets = rng.integers(0, 2 * augment.shift + 1, (count, 2))
+    flips = np.zeros((count, 2), bool)
+    for axis, probability in enumerate((augment.hflip_probability, augment.vflip)):
+        if probability:
+            flips[:, axis] = rng.random(count) < probability
+    mix = None
+    if augment.mixes:
+        from retrain.augment import draw_mix
+
+        mix = draw_mix(augment, data.train.shape[1], np.random.default_rng([seed, 5, step]))
+    return _Draws(seed, step, range(count), offsets, flips, mix)
+
+
+def _begin_training(
+    pool: ThreadPoolExecutor,
+    data: DataSet,
+    augment: AugmentConfig,
+    positions: Rows,
+    encoded: list[EncodedImage],
+    draws: _Draws,
+) -> Begun:
+    """Let threads make a batch: one for shifts and flips in arrays, else one for each chunk."""
+    images = np.empty((len(positions), *data.train.shape), np.float32)
+    chunk = _CHUNK if encoded or augment.per_image else len(positions)
+    labels: NDArray[np.int32] | NDArray[np.float32] = data.train.labels[positions]
+    if augment.mixes:
+        from retrain.augment import mix_labels
+
+        labels = mix_labels(data.train.labels[positions], len(data.classes), draws.mix)
+    futures = [
+        pool.submit(
+            _make_chunk,
+            data,
+            augment,
+            positions[start : start + chunk],
+            encoded[start : start + chunk],
+            draws.part(start, start + chunk),
+            images[start : start + chunk],
+        )
+        for start in range(0, len(positions), chunk)
+    ]
+    return Begun(images, labels, futures)
+
+
+def _make_chunk(
+    data: DataSet,
+    augment: AugmentConfig,
+    positions: Rows,
+    encoded: list[EncodedImage],
+    draws: _Draws,
+    out: NDArray[np.float32],
+) -> None:
+    """Make some training images: cut, shift and flip, colours, normalise, erase, mix."""
+    generators = draws.generators() if augment.per_image else []
+    images = data.train.cuts(positions, encoded, augment, generators)
+    images = _shifted_and_flipped(images, augment, draws)
+    if augment.changes_colours:
+        from retrain.augment import change_colours
+
+        for index, rng in enumerate(generators):
+            pixels = np.ascontiguousarray(images[index].transpose(1, 2, 0))
+            images[index] = change_colours(pixels, augment, rng).transpose(2, 0, 1)
+    data.normalise(images, out)
+    if augment.re_prob:
+        from retrain.augment import erase
+
+        for image, rng in zip(out, generators, strict=True):
+            erase(image, augment, rng)
+    if draws.mix is not None:
+        from retrain.augment import mix_images
+
+        mix_images(out, draws.mix)
+
+
+def _shifted_and_flipped(images: Pixels, augment: AugmentConfig, draws: _Draws) -> Pixels:
+    _, _, height, width = images.shape
     result = images
     if augment.shift:
         s = augment.shift
         padded = np.pad(images, ((0, 0), (0, 0), (s, s), (s, s)))
         result = np.empty_like(images)
-        offsets = rng.integers(0, 2 * s + 1, (n, 2))
-        for i, (top, left) in enumerate(offsets):
+        for i, (top, left) in enumerate(draws.offsets):
             result[i] = padded[i, :, top : top + height, left : left + width]
-    if augment.flip:
-        flipped = rng.random(n) < 0.5
-        result = result.copy() if result is images else result
-        result[flipped] = result[flipped, :, :, ::-1]
+    for axis, flipped in zip((3, 2), draws.flips.T, strict=True):
+        result[flipped] = np.flip(result[flipped], axis)
     return result
 
 
+# ---------------------------------------------------------------------------- evaluation
+
+
 def eval_batches(
-    data: DataSet, split: Split, batch_size: int
+    data: DataSet, split: Split, batch_size: int, *, workers: int | None = None
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int32]]]:
-    """Yield every image once, normalised, in order; the last batch may be smaller."""
-    for start in range(0, len(split), batch_size):
-        stop = start + batch_size
-        yield data.normalise(split.images[start:stop]), split.labels[start:stop]
+    """Yield every image once, normalised, in order; the last batch may be smaller.
 
+    Processes that share an evaluation give their `split.shard(rank, ranks)`, and add up what they
+    count over images.
 
-# ---------------------------------------------------------------------------- sources
+    Raises:
+        ConfigError: An image cannot be read (when its batch is reached).
+    """
+    encoded = split.stream(np.arange(len(split)))
 
-
-Loaded = tuple[tuple[str, ...], Split, Split]
-
-
-def _digits(path: str, resolution: int, channels: int) -> Loaded:
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    pixels = np.round(images.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    labels = labels.astype(np.int32)
-    test = np.zeros(len(labels), bool)
-    for label in range(10):
-        test[np.flatnonzero(labels == label)[::_DIGITS_TEST_EVERY]] = True
-    resized = _resized(pixels, resolution, channels)
-    names = tuple(str(digit) for digit in range(10))
-    return names, Split(resized[~test], labels[~test]), Split(resized[test], labels[test])
-
-
-def _fashion_mnist(path: str, resolution: int, channels: int) -> Loaded:
-    folder = Path(path)
-    arrays = {name: _read_idx(folder / file) for name, file in _IDX_FILES.items()}
-    splits = []
-    for part in ("train", "test"):
-        images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"].astype(np.int32)
-        if images.ndim != 3 or labels.ndim != 1 or len(images) != len(labels) or not len(labels):
-            raise ConfigError(
-                f"{folder}: the {part} files must hold as many images as labels, but have the"
-                f" shapes {images.shape} and {labels.shape}."
+    def begin(pool: ThreadPoolExecutor, start: int) -> Begun:
+        positions = np.arange(start, min(start + batch_size, len(split)))
+        images = np.empty((len(positions), *split.shape), np.float32)
+        some = list(itertools.islice(encoded, len(positions)))
+        chunk = _CHUNK if some else len(positions)
+        futures = [
+            pool.submit(
+                _make_views,
+                data,
+                split,
+                positions[first : first + chunk],
+                some[first : first + chunk],
+                images[first : first + chunk],
             )
-        if labels.max() >= len(_FASHION_CLASSES):
-            raise ConfigError(f"{folder}: labels must be below 10, but got {labels.max()}.")
-        splits.append(Split(_resized(images, resolution, channels), labels))
-    return _FASHION_CLASSES, splits[0], splits[1]
+            for first in range(0, len(positions), chunk)
+        ]
+        return Begun(images, split.labels[positions], futures)
+
+    yield from batches_ahead(begin, range(0, len(split), batch_size), workers)
 
 
-def _read_idx(path: Path) -> NDArray[np.uint8]:
-    """A gzipped idx file of unsigned bytes."""
-    try:
-        with gzip.open(path, "rb") as file:
-            raw = file.read()
-    except FileNotFoundError:
-        raise ConfigError(
-            f"data.path: {path} does not exist; the folder must hold"
-            f" {', '.join(_IDX_FILES.values())} (Debian's package dataset-fashion-mnist puts"
-            " them into /usr/share/datasets/fashion-mnist)."
-        ) from None
-    except (OSError, EOFError, zlib.error) as error:
-        raise ConfigError(f"data.path: {path} is damaged or no gzip file: {error}.") from None
-    if len(raw) < 4 or raw[:3] != b"\x00\x00\x08" or len(raw) < 4 + 4 * raw[3]:
-        raise ConfigError(f"data.path: {path} is not an idx file of unsigned bytes.")
-    shape = tuple(np.frombuffer(raw, ">i4", raw[3], 4).tolist())
-    values = np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3])
-    if min(shape, default=0) < 1 or math.prod(shape) != len(values):
-        raise ConfigError(
-            f"data.path: {path} must hold {shape} values, but has {len(values)}: it is cut short."
-        )
-    return values.reshape(shape)
-
-
-def _image_folder(path: str, resolution: int, channels: int) -> Loaded:
-    folder = Path(path)
-    train = _class_folders(folder / "train")
-    test = _class_folders(folder / "val")
-    unknown = sorted(set(test) - set(train))
-    if unknown:
-        raise ConfigError(
-            f"data.path: {folder / 'val'} has the class {unknown[0]!r}, which train/ has not."
-        )
-    names = tuple(sorted(train))
-    return (
-        names,
-        _read_class_folders(train, names, resolution, channels),
-        _read_class_folders(test, names, resolution, channels),
-    )
-
-
-def _class_folders(folder: Path) -> dict[str, list[Path]]:
-    if not folder.is_dir():
-        raise ConfigError(f"data.path: {folder} does not exist; it must hold a folder per class.")
-    classes = {}
-    for entry in sorted(folder.iterdir()):
-        if entry.is_dir():
-            files = sorted(f for f in entry.iterdir() if f.suffix.lower() in _IMAGE_ENDINGS)
-            if not files:
-                raise ConfigError(f"data.path: the class folder {entry} holds no images.")
-            classes[entry.name] = files
-    if len(classes) < 2:
-        raise ConfigError(
-            f"data.path: {folder} must hold at least two class folders, but has {len(classes)}."
-        )
-    return classes
-
-
-def _read_class_folders(
-    classes: dict[str, list[Path]], names: tuple[str, ...], resolution: int, channels: int
-) -> Split:
-    files = [(file, names.index(name)) for name in sorted(classes) for file in classes[name]]
-    size = len(files) * channels * resolution**2
-    if size > MAX_ARRAY_BYTES:
-        raise ConfigError(
-            f"data.path: {len(files):,} images at {resolution} pixels take {size / 2**30:.1f} GiB,"
-            f" but at most {MAX_ARRAY_BYTES / 2**30:.0f} are held in memory; use fewer images or a"
-            " lower resolution."
-        )
-    images = np.empty((len(files), channels, resolution, resolution), np.uint8)
-    for index, (file, _) in enumerate(files):
-        images[index] = _read_image(file, resolution, channels)
-    return Split(images, np.array([label for _, label in files], np.int32))
-
-
-def _read_image(path: Path, resolution: int, channels: int) -> NDArray[np.uint8]:
-    """(channels, resolution, resolution): the shorter side is scaled, the centre cut out."""
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as opened:
-            image = _plain(opened).convert("L" if channels == 1 else "RGB")
-    except (
-        OSError,
-        UnidentifiedImageError,
-        Image.DecompressionBombError,
-        SyntaxError,
-        ValueError,
-    ) as error:
-        raise ConfigError(f"data.path: the image {path} cannot be read: {error}.") from None
-    scale = resolution / min(image.size)
-    size = (
-        max(resolution, round(image.width * scale)),
-        max(resolution, round(image.height * scale)),
-    )
-    image = image.resize(size, Image.Resampling.BILINEAR)
-    left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
-    cropped = np.asarray(image.crop((left, top, left + resolution, top + resolution)))
-    return _with_channels(cropped[None] if channels == 1 else cropped.transpose(2, 0, 1), channels)
-
-
-def _plain(image: Image.Image) -> Image.Image:
-    """An image whose conversion to gray or RGB loses nothing: 8 bits, no palette."""
-    from PIL import Image
-
-    if image.mode.startswith("I"):
-        # 16 bits per pixel; conversion would clip at 255.
-        pixels = np.asarray(image.convert("I")) >> 8
-        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-    return image.convert("RGBA") if image.mode == "P" else image
-
-
-def _resized(pixels: NDArray[np.uint8], resolution: int, channels: int) -> NDArray[np.uint8]:
-    """Gray (n, height, width) -> (n, channels, resolution, resolution), bilinear."""
-    from PIL import Image
-
-    if pixels.shape[1:] != (resolution, resolution):
-        size = (resolution, resolution)
-        pixels = np.stack(
-            [
-                np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
-                for image in pixels
-            ]
-        )
-    return _with_channels(pixels[:, None], channels, axis=1)
-
-
-def _with_channels(
-    images: NDArray[np.uint8], channels: int, *, axis: int = 0
-) -> NDArray[np.uint8]:
-    """Repeat a gray image's channel where a network wants several."""
-    if images.shape[axis] == channels:
-        return np.ascontiguousarray(images)
-    return np.ascontiguousarray(np.repeat(images[:, :1] if axis else images[:1], channels, axis))
+def _make_views(
+    data: DataSet,
+    split: Split,
+    positions: Rows,
+    encoded: list[EncodedImage],
+    out: NDArray[np.float32],
+) -> None:
+    data.normalise(split.cuts(positions, encoded, AugmentConfig(), []), out)

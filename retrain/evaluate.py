@@ -8,6 +8,7 @@ from mindspore import nn
 from numpy.typing import NDArray
 
 from retrain.data import DataSet, Split, eval_batches
+from retrain.distributed import Workers
 from space.records import record
 
 
@@ -72,6 +73,31 @@ def evaluation_of(logits: NDArray[np.float32], labels: NDArray[np.int32]) -> Eva
     )
 
 
-def evaluate(network: nn.Cell, data: DataSet, split: Split, batch_size: int) -> Evaluation:
-    """Return how well the network does on a split of the data set."""
-    return evaluation_of(logits_of(network, data, split, batch_size), split.labels)
+def evaluate(
+    network: nn.Cell, data: DataSet, split: Split, batch_size: int, workers: Workers | None = None
+) -> Evaluation:
+    """Return how well the network does on a split of the data set.
+
+    With several workers, all must call it: each evaluates its share, and all get the whole's
+    figures.
+    """
+    if workers is None or workers.size == 1:
+        return evaluation_of(logits_of(network, data, split, batch_size), split.labels)
+    own = split.shard(workers.rank, workers.size)
+    sums = np.zeros(2 + 2 * len(data.classes))
+    if len(own):
+        found = evaluation_of(logits_of(network, data, own, batch_size), own.labels)
+        counts = np.bincount(own.labels, minlength=len(data.classes))
+        figures = np.array([found.top5, found.loss]) * found.images
+        sums = np.concatenate([figures, counts, found.per_class_top1 * counts])
+    # Counts below 2**24 are exact in float32.
+    sums = workers.sum(sums.astype(np.float32)).astype(np.float64)
+    counts, correct = np.round(sums[2:]).reshape(2, -1)
+    images = int(counts.sum())
+    return Evaluation(
+        top1=float(correct.sum() / images),
+        top5=float(np.round(sums[0]) / images),
+        loss=float(sums[1] / images),
+        images=images,
+        per_class_top1=tuple((correct / np.maximum(counts, 1)).tolist()),
+    )

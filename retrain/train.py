@@ -2,7 +2,7 @@
 
 GRAPH_MODE, with MindSpore's plain value_and_grad and optimizer. Everything random (weights, order,
 augmentation, dropout) depends on the seed and the step alone, so that a training can be repeated,
-and resumed at an epoch's end as if it had never stopped.
+and resumed at any step as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import mindspore as ms
@@ -19,82 +19,36 @@ import numpy as np
 from mindspore import nn, ops
 from numpy.typing import NDArray
 
+from retrain.checkpoint import TrainState, Weights
 from retrain.config import Recipe
-from retrain.data import DataSet, epoch_order, load_data, train_batch
+from retrain.data import DataSet, load_data, train_batches
+from retrain.distributed import Workers
+from retrain.drop_path import DropPathFeatures
+from retrain.dropout import drop_path_mask, drop_path_rates, dropout_mask
+from retrain.ema import Averages
 from retrain.evaluate import Evaluation, evaluate
-from retrain.optimizer import Averages, make_optimizer, set_learning_rate
+from retrain.loop import Loop
+from retrain.loss_scale import LossScale
+from retrain.optimizer import make_optimizer, set_learning_rate
+from retrain.progress import TrainProgress
 from retrain.schedule import learning_rate
 from space.architecture import Architecture
 from space.errors import ConfigError, TrialFailed
 from space.network import MnasNet, build_network, network_weights
 from space.records import record
 
-Weights = dict[str, NDArray[np.float32]]
-
-#: The loss is looked at (which waits for the device) once in so many steps, and at an epoch's end.
-CHECK_EVERY = 20
-
 
 @record
-class TrainProgress:
-    """How far a training is.
-
-    Attributes:
-        epoch: From 1.
-        epochs: Of the whole training.
-        step: From 1.
-        steps: Of the whole training.
-        loss: Of the last step looked at.
-        learning_rate: Of the last step.
-        images_per_s: Since the compilation.
-        seconds_left: Estimated.
-        accuracy: On the validation images, at an epoch's end.
-    """
-
-    epoch: int
-    epochs: int
-    step: int
-    steps: int
-    loss: float
-    learning_rate: float
-    images_per_s: float
-    seconds_left: float
-    accuracy: float | None
-
-
-class TrainState:
-    """What a training continues from: weights, optimizer and averages after whole epochs.
-
-    Attributes:
-        epoch: Epochs done.
-        arrays: Name -> array; optimizer's under `optimizer.`, averages under `ema.`.
-        losses: Mean training loss of each epoch done.
-        accuracies: Validation accuracy after each epoch done.
-    """
-
-    def __init__(
-        self,
-        epoch: int,
-        arrays: dict[str, NDArray[Any]],
-        losses: list[float],
-        accuracies: list[float],
-    ) -> None:
-        self.epoch = epoch
-        self.arrays = arrays
-        self.losses = losses
-        self.accuracies = accuracies
-
-
 class TrainResult:
     """What a training gives.
 
     Attributes:
-        accuracy: Top-1 on the validation images after the last epoch, fraction.
-        validation: All figures of that evaluation.
+        validation: Figures on the validation images after the last epoch.
         losses: Mean training loss of each epoch.
         accuracies: Validation accuracy of each epoch evaluated; the last is `accuracy`.
         steps: Optimizer steps.
-        images_per_s: Training images per second after the first step's compilation.
+        images_per_s: Training images per second of all workers, after the first step's
+            compilation.
         compile_s: Of the first step.
         seconds: Of everything.
         weights: Those evaluated: averaged ones if the recipe averages.
@@ -102,58 +56,21 @@ class TrainResult:
         data: The data set.
     """
 
-    def __init__(
-        self,
-        *,
-        validation: Evaluation,
-        losses: list[float],
-        accuracies: list[float],
-        steps: int,
-        images_per_s: float,
-        compile_s: float,
-        seconds: float,
-        weights: Weights,
-        network: MnasNet,
-        data: DataSet,
-    ) -> None:
-        self.accuracy = validation.top1
-        self.validation = validation
-        self.losses = losses
-        self.accuracies = accuracies
-        self.steps = steps
-        self.images_per_s = images_per_s
-        self.compile_s = compile_s
-        self.seconds = seconds
-        self.weights = weights
-        self.network = network
-        self.data = data
+    validation: Evaluation
+    losses: list[float]
+    accuracies: list[float]
+    steps: int
+    images_per_s: float
+    compile_s: float
+    seconds: float
+    weights: Weights
+    network: Any
+    data: Any
 
-
-class _Loss(nn.Cell):  # type: ignore[misc]
-    """Network and loss as one graph: cross entropy with label smoothing, masked features."""
-
-    def __init__(self, network: MnasNet, label_smoothing: float) -> None:
-        # The network's parameters keep their names.
-        super().__init__(auto_prefix=False)
-        self.network = network
-        self.label_smoothing = label_smoothing
-
-    def construct(self, images: ms.Tensor, labels: ms.Tensor, mask: ms.Tensor) -> ms.Tensor:
-        """(n, channels, size, size), (n,), (n, head) or (1, 1) -> mean loss."""
-        logits = self.network.classify(self.network.features(images) * mask)
-        return ops.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
-
-
-class _Clip(nn.Cell):  # type: ignore[misc]
-    """Gradients scaled down to a largest global norm."""
-
-    def __init__(self, largest: float) -> None:
-        super().__init__()
-        self.largest = largest
-
-    def construct(self, gradients: Any) -> Any:
-        """A tuple of gradients -> the same, clipped."""
-        return ops.clip_by_global_norm(gradients, self.largest)
+    @property
+    def accuracy(self) -> float:
+        """Top-1 on the validation images after the last epoch, fraction."""
+        return self.validation.top1
 
 
 def prepare_process(threads: int) -> None:
@@ -173,7 +90,7 @@ def warm_up(recipe: Recipe, *, threads: int) -> None:
     """Load what every training with a recipe needs, ahead of the first one."""
     prepare_process(threads)
     if recipe.data.name == "digits":
-        load_data(recipe.data, 8, 1)
+        load_data(recipe.data, 8, 1, recipe.augment)
 
 
 def train(
@@ -184,8 +101,10 @@ def train(
     threads: int,
     on_progress: Callable[[TrainProgress], None] | None = None,
     deadline: float | None = None,
+    start: Weights | None = None,
     state: TrainState | None = None,
-    on_epoch: Callable[[TrainState], None] | None = None,
+    on_state: Callable[[TrainState], None] | None = None,
+    workers: Workers | None = None,
 ) -> TrainResult:
     """Train a network with a recipe and evaluate it on the held-out validation images.
 
@@ -196,278 +115,361 @@ def train(
         threads: CPU threads.
         on_progress: Called some times an epoch.
         deadline: time.monotonic() at which to give up.
+        start: Weights to start from, by name; those of other names stay random.
         state: Where to go on; None starts anew.
-        on_epoch: Called after every epoch with the state to go on from.
+        on_state: Called with the state to go on from after every epoch, and so often within one
+            as the recipe's `checkpoints` say.
+        workers: The processes that train together; None: this one alone.
 
     Raises:
         TrialFailed: The loss became infinite or no number, the deadline passed, or MindSpore
             cannot compute this network.
         ConfigError: Network and data set do not fit.
     """
+    started = time.monotonic()
     try:
-        return _train(architecture, recipe, seed, threads, on_progress, deadline, state, on_epoch)
+        prepare_process(threads)
+        data = load_data(
+            recipe.data, architecture.resolution, architecture.input_channels, recipe.augment
+        )
+        trainer = Trainer(
+            architecture, recipe, data, seed=seed, threads=threads, start=start, workers=workers
+        )
+        loop = Loop(trainer, deadline, on_progress)
+        if state is not None:
+            loop.restore(state)
+        loop.run(on_state)
+        validation = loop.validation or loop.validate()
     except (RuntimeError, MemoryError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrialFailed(f"MindSpore failed: {reason}", detail=traceback.format_exc()) from error
-
-
-def _train(
-    architecture: Architecture,
-    recipe: Recipe,
-    seed: int,
-    threads: int,
-    on_progress: Callable[[TrainProgress], None] | None,
-    deadline: float | None,
-    state: TrainState | None,
-    on_epoch: Callable[[TrainState], None] | None,
-) -> TrainResult:
-    started = time.monotonic()
-    prepare_process(threads)
-    data = load_data(recipe.data, architecture.resolution, architecture.input_channels)
-    check_fit(architecture, recipe, data)
-    run = _Run(architecture, recipe, data, seed, deadline, on_progress)
-    if state is not None:
-        run.restore(state)
-    every_epoch = on_epoch is not None
-    for epoch in range(run.epoch, recipe.epochs):
-        run.train_epoch(epoch)
-        if every_epoch or epoch == recipe.epochs - 1:
-            run.validate()
-        if on_epoch is not None:
-            on_epoch(run.state())
-    validation = run.validation or run.validate()
     return TrainResult(
         validation=validation,
-        losses=run.losses,
-        accuracies=run.accuracies,
-        steps=run.steps,
-        images_per_s=run.images_per_s(),
-        compile_s=run.compile_s,
+        losses=loop.losses,
+        accuracies=loop.accuracies,
+        steps=trainer.steps,
+        images_per_s=loop.images_per_s(),
+        compile_s=loop.compile_s,
         seconds=time.monotonic() - started,
-        weights=run.evaluated_weights(),
-        network=run.network,
+        weights=network_weights(trainer.network),
+        network=trainer.network,
         data=data,
     )
 
 
-def check_fit(architecture: Architecture, recipe: Recipe, data: DataSet) -> None:
+def check_fit(
+    architecture: Architecture, recipe: Recipe, data: DataSet, global_batch: int
+) -> None:
     """Raise unless the network can be trained on the data.
 
     Raises:
-        ConfigError: Other number of classes, or too few images for one batch.
+        ConfigError: Other number of classes, too few images for one step, or nothing to train.
     """
     if architecture.classes != len(data.classes):
         raise ConfigError(
             f"classes: the network has {architecture.classes}, but the data set"
             f" {recipe.data.name} has {len(data.classes)}; change one of them."
         )
-    if len(data.train) < recipe.batch_size:
+    if len(data.train) < global_batch:
         raise ConfigError(
             f"batch_size must be at most the {len(data.train)} training images, but got"
-            f" {recipe.batch_size}."
+            f" {global_batch}."
+        )
+    stages = len(architecture.blocks) + 2
+    if recipe.frozen_stages > stages:
+        raise ConfigError(
+            f"frozen_stages must be at most {stages}, the stem, {stages - 2} blocks and the head,"
+            f" but got {recipe.frozen_stages}."
         )
 
 
-class _Run:
-    """The moving parts of one training."""
+# ---------------------------------------------------------------------------- graphs
+
+
+class _Loss(nn.Cell):  # type: ignore[misc]
+    """Network and loss as one graph: cross entropy with label smoothing, masked features."""
+
+    def __init__(
+        self, network: MnasNet, label_smoothing: float, drop_path: DropPathFeatures | None = None
+    ) -> None:
+        # The network's parameters keep their names.
+        super().__init__(auto_prefix=False)
+        self.network = network
+        self.label_smoothing = label_smoothing
+        self.drop_path = drop_path
+
+    def construct(
+        self,
+        images: ms.Tensor,
+        labels: ms.Tensor,
+        mask: ms.Tensor,
+        scale: ms.Tensor | None = None,
+        paths: ms.Tensor | None = None,
+    ) -> ms.Tensor:
+        """Mean loss, times `scale`.
+
+        images (n, channels, size, size), labels (n,) or shares (n, classes), mask (n, head) or
+        (1, 1), scale (), paths (n, residual layers).
+        """
+        if self.drop_path is None:
+            features = self.network.features(images)
+        else:
+            features = self.drop_path(images, paths)
+        logits = self.network.classify(features * mask.astype(features.dtype))
+        loss = ops.cross_entropy(
+            logits.astype(ms.float32), labels, label_smoothing=self.label_smoothing
+        )
+        return loss if scale is None else loss * scale
+
+
+class _Sum(nn.Cell):  # type: ignore[misc]
+    """Gradients of two passes, added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        # Else a tuple of tensors is taken for a constant, and each step compiles anew.
+        self.enable_tuple_broaden = True
+
+    def construct(self, first: Any, second: Any) -> Any:
+        """Two tuples of gradients -> one."""
+        total: Any = ()
+        for a, b in zip(first, second):  # noqa: B905  # graphs know no `strict`
+            total = (*total, a + b)
+        return total
+
+
+class _Finish(nn.Cell):  # type: ignore[misc]
+    """Gradients times a factor, then scaled down to a largest global norm, if there is one."""
+
+    def __init__(self, clip_norm: float | None) -> None:
+        super().__init__()
+        # Else a tuple of tensors is taken for a constant, and each step compiles anew.
+        self.enable_tuple_broaden = True
+        self.clip_norm = clip_norm
+
+    def construct(self, gradients: Any, factor: ms.Tensor) -> Any:
+        """A tuple of gradients, () -> the same and the square of their norm before clipping."""
+        scaled: Any = ()
+        square = ms.Tensor(0.0, ms.float32)
+        for gradient in gradients:
+            scaled = (*scaled, gradient * factor)
+            square = square + ops.square(gradient * factor).sum()
+        if self.clip_norm is not None:
+            scaled = ops.clip_by_global_norm(scaled, self.clip_norm)
+        return scaled, square
+
+
+# ---------------------------------------------------------------------------- steps
+
+
+class Trainer:
+    """One training as a sequence of optimizer steps.
+
+    Attributes:
+        network: Of its own for evaluations: once parameters that a compiled training graph holds
+            were set from outside, its further steps no longer show in them.
+        global_batch: Images per optimizer step, of all workers.
+        steps_per_epoch: Optimizer steps; the images that do not fill another one are dropped.
+        steps: Of the whole training.
+        step: Steps done.
+    """
 
     def __init__(
         self,
         architecture: Architecture,
         recipe: Recipe,
         data: DataSet,
+        *,
         seed: int,
-        deadline: float | None,
-        on_progress: Callable[[TrainProgress], None] | None,
+        threads: int,
+        start: Weights | None = None,
+        workers: Workers | None = None,
     ) -> None:
-        self._recipe = recipe
-        self._data = data
+        self.recipe = recipe
+        self.data = data
+        self.workers = workers or Workers()
         self._seed = seed
-        self._deadline = deadline
-        self._on_progress = on_progress
-        self._trained = build_network(architecture, recipe.style, seed=seed)
-        # A network of its own for evaluations: once parameters that a compiled training graph
-        # holds were set from outside, its further steps no longer show in them.
+        self._threads = threads
+        self.global_batch = recipe.batch_size * recipe.accumulate * self.workers.size
+        check_fit(architecture, recipe, data, self.global_batch)
+        self.steps_per_epoch = len(data.train) // self.global_batch
+        self.steps = recipe.epochs * self.steps_per_epoch
+        self.step = 0
+        self._batches: Iterator[Any] | None = None
+        self._features = architecture.head_filters
+        self._path_rates = drop_path_rates(recipe.drop_path, architecture)
         self.network = build_network(architecture, recipe.style, seed=seed)
+        self._trained = _trained_network(architecture, recipe, seed)
+        if start is not None:
+            set_weights(self._trained, {**network_weights(self._trained), **start})
         parameters = list(self._trained.trainable_params())
         self._optimizer = make_optimizer(recipe.optimizer, parameters)
-        self._value_and_grad = ms.value_and_grad(
-            _Loss(self._trained, recipe.label_smoothing), None, parameters
-        )
-        self._clip = None if recipe.clip_norm is None else _Clip(recipe.clip_norm)
+        drop_path = DropPathFeatures(self._trained) if recipe.drop_path else None
+        loss = _Loss(self._trained, recipe.label_smoothing, drop_path)
+        self._value_and_grad = ms.value_and_grad(loss, None, parameters)
+        self._mean = self.workers.gradient_mean(parameters)
+        self._loss_scale = LossScale(recipe.precision)
+        self._scaled = self._loss_scale.dynamic or self._loss_scale.value != 1
+        self._add = _Sum() if recipe.accumulate > 1 else None
+        self._finish = None
+        if self._scaled or recipe.accumulate > 1 or recipe.clip_norm is not None:
+            self._finish = _Finish(recipe.clip_norm)
         self._averages = None
         if recipe.ema_decay is not None:
             self._averages = Averages(list(self._trained.get_parameters()), recipe.ema_decay)
-        self._features = architecture.head_filters
-        self.steps_per_epoch = len(data.train) // recipe.batch_size
-        self.epoch = 0
-        self._validated = 0
-        self.losses: list[float] = []
-        self.accuracies: list[float] = []
-        self.validation: Evaluation | None = None
-        self.compile_s = 0.0
-        self._train_s = 0.0
-        self._timed_steps = 0
 
     @property
-    def steps(self) -> int:
-        return self._recipe.epochs * self.steps_per_epoch
+    def epoch(self) -> int:
+        """Whole epochs done."""
+        return self.step // self.steps_per_epoch
 
-    def images_per_s(self) -> float:
-        return self._recipe.batch_size * self._timed_steps / max(self._train_s, 1e-9)
-
-    def train_epoch(self, epoch: int) -> None:
-        recipe, size = self._recipe, self._recipe.batch_size
-        self._trained.set_train(True)
-        order = epoch_order(len(self._data.train), seed=self._seed, epoch=epoch)
-        losses: list[ms.Tensor] = []
-        for index in range(self.steps_per_epoch):
-            step = epoch * self.steps_per_epoch + index
-            started = time.monotonic()
-            if self._deadline is not None and started > self._deadline:
-                raise TrialFailed(f"time limit reached at step {step} of {self.steps}")
-            batch = train_batch(
-                self._data,
-                order[index * size : (index + 1) * size],
-                recipe.augment,
-                seed=self._seed,
-                step=step,
-            )
-            losses.append(self._step(step, *batch))
-            last = index == self.steps_per_epoch - 1
-            if step == 0 or last or step % CHECK_EVERY == 0:
-                self._report(epoch, step, self._checked(losses, step), None)
-            self._note_time(time.monotonic() - started)
-        self.losses.append(float(np.mean([loss.asnumpy() for loss in losses])))
-        self.epoch = epoch + 1
-        self.validation = None
-
-    def _step(
-        self, step: int, images: NDArray[np.float32], labels: NDArray[np.int32]
-    ) -> ms.Tensor:
-        rate = learning_rate(
-            self._recipe.schedule,
+    def learning_rate(self, step: int) -> float:
+        """Return the learning rate of a step, from 0."""
+        return learning_rate(
+            self.recipe.schedule,
             step,
             steps_per_epoch=self.steps_per_epoch,
-            epochs=self._recipe.epochs,
+            epochs=self.recipe.epochs,
         )
-        set_learning_rate(self._optimizer, rate)
-        shape = (self._recipe.batch_size, self._features)
-        mask = dropout_mask(self._recipe.dropout, shape, seed=self._seed, step=step)
-        loss, gradients = self._value_and_grad(
-            ms.Tensor(images), ms.Tensor(labels), ms.Tensor(mask)
-        )
-        if self._clip is not None:
-            gradients = self._clip(gradients)
-        self._optimizer(gradients)
+
+    def take_step(self) -> ms.Tensor:
+        """Take the next optimizer step and return this worker's mean loss, not waited for."""
+        set_learning_rate(self._optimizer, self.learning_rate(self.step))
+        losses, total = [], None
+        for index in range(self.recipe.accumulate):
+            loss, gradients = self._value_and_grad(*self._inputs(index))
+            losses.append(loss / self._loss_scale.value if self._scaled else loss)
+            total = gradients if total is None else self._add(total, gradients)  # type: ignore[misc]
+        self._update(total)
         if self._averages is not None:
-            self._averages.step(step)
-        return loss
+            self._averages.step(self.step)
+        self.step += 1
+        return losses[0] if len(losses) == 1 else sum(losses[1:], losses[0]) / len(losses)
 
-    def _checked(self, losses: list[ms.Tensor], step: int) -> float:
-        """The loss of the last step, if it and those since the last look are numbers."""
-        recent = losses[-CHECK_EVERY:]
-        first = step - len(recent) + 1
-        values = [float(loss.asnumpy()) for loss in recent]
-        for offset, value in enumerate(values):
-            if not math.isfinite(value):
-                raise TrialFailed(f"diverged: the loss was {value} at step {first + offset + 1}")
-        return values[-1]
-
-    def _note_time(self, seconds: float) -> None:
-        if self.compile_s == 0.0:
-            self.compile_s = seconds
-        else:
-            self._train_s += seconds
-            self._timed_steps += 1
-
-    def _report(self, epoch: int, step: int, loss: float, accuracy: float | None) -> None:
-        if self._on_progress is None:
-            return
-        each = self._train_s / self._timed_steps if self._timed_steps else 0.0
-        rate = learning_rate(
-            self._recipe.schedule,
-            step,
-            steps_per_epoch=self.steps_per_epoch,
-            epochs=self._recipe.epochs,
+    def _inputs(self, index: int) -> list[ms.Tensor]:
+        """The loss's arguments for one of the accumulated passes of the next step."""
+        recipe, step, seed = self.recipe, self.step, self._seed
+        if self._batches is None or (index == 0 and step % self.steps_per_epoch == 0):
+            self._batches = self._epoch_batches()
+        images, labels = next(self._batches)
+        # A pass's images are rows of the step's, as one process would have them.
+        first = (index * self.workers.size + self.workers.rank) * recipe.batch_size
+        rows = slice(first, first + recipe.batch_size)
+        mask = dropout_mask(
+            recipe.dropout, (self.global_batch, self._features), seed=seed, step=step
         )
-        self._on_progress(
-            TrainProgress(
-                epoch=epoch + 1,
-                epochs=self._recipe.epochs,
-                step=step + 1,
-                steps=self.steps,
-                loss=loss,
-                learning_rate=rate,
-                images_per_s=self.images_per_s(),
-                seconds_left=each * (self.steps - step - 1),
-                accuracy=accuracy,
-            )
+        arrays: list[NDArray[Any]] = [images, labels, mask[rows] if recipe.dropout else mask]
+        if self._scaled or recipe.drop_path:
+            arrays.append(np.array(self._loss_scale.value, np.float32))
+        if recipe.drop_path:
+            paths = drop_path_mask(self._path_rates, self.global_batch, seed=seed, step=step)
+            arrays.append(paths[rows])
+        return [ms.Tensor(array) for array in arrays]
+
+    def _epoch_batches(self) -> Iterator[Any]:
+        """The batches of the epoch that the next step belongs to, from that step on."""
+        return train_batches(
+            self.data,
+            self.recipe.augment,
+            batch_size=self.recipe.batch_size,
+            seed=self._seed,
+            epoch=self.epoch,
+            start_batch=self.step % self.steps_per_epoch * self.recipe.accumulate,
+            rank=self.workers.rank,
+            ranks=self.workers.size,
+            workers=self._threads,
         )
 
-    def evaluated_weights(self) -> Weights:
-        """The weights that are evaluated and kept."""
-        return (
-            network_weights(self._trained) if self._averages is None else self._averages.values()
-        )
+    def _update(self, gradients: Any) -> None:
+        if self._mean is not None:
+            gradients = self._mean(gradients)
+        if self._finish is not None:
+            factor = 1 / (self._loss_scale.value * self.recipe.accumulate)
+            gradients, square = self._finish(gradients, ms.Tensor(factor, ms.float32))
+            if self._loss_scale.dynamic:
+                finite = math.isfinite(float(square.asnumpy()))
+                self._loss_scale.update(finite=finite)
+                if not finite:
+                    return
+        self._optimizer(gradients)
 
     def validate(self) -> Evaluation:
-        """Evaluate on the validation images, with averaged weights if there are any."""
-        weights = self.evaluated_weights()
+        """Evaluate on the validation images, with averaged weights if there are any.
+
+        Raises:
+            TrialFailed: A weight or the loss is no number.
+        """
+        weights = self._with_mean_statistics(
+            network_weights(self._trained) if self._averages is None else self._averages.values()
+        )
         # ReLU makes 0 of what is no number: a diverged network may still give a finite loss.
         bad = [name for name, value in weights.items() if not np.isfinite(value).all()]
         if bad:
             raise TrialFailed(f"diverged: {bad[0]} was not finite after epoch {self.epoch}")
         set_weights(self.network, weights)
         evaluation = evaluate(
-            self.network, self._data, self._data.validation, self._recipe.eval_batch_size
-        )
+            self.network, self.data, self.data.validation, self.recipe.eval_batch_size,
+            self.workers,
+        )  # fmt: skip
         if not math.isfinite(evaluation.loss):
             raise TrialFailed(
                 f"diverged: the validation loss was {evaluation.loss} after epoch {self.epoch}"
             )
-        self.validation = evaluation
-        if self.epoch > self._validated:
-            self._validated = self.epoch
-            self.accuracies.append(evaluation.top1)
-        last = self.epoch * self.steps_per_epoch - 1
-        self._report(self.epoch - 1, last, self.losses[-1], evaluation.top1)
         return evaluation
 
-    def state(self) -> TrainState:
-        arrays: dict[str, NDArray[Any]] = dict(network_weights(self._trained))
+    def _with_mean_statistics(self, weights: Weights) -> Weights:
+        """The weights with batch-norm statistics of all workers' images, not of this one's."""
+        statistics = {name: v for name, v in weights.items() if ".moving_" in name}
+        return {**weights, **self.workers.mean_arrays(statistics)}
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """Return all that the next step depends on, by name; all workers must call it."""
+        arrays: dict[str, NDArray[Any]] = self._with_mean_statistics(
+            network_weights(self._trained)
+        )
         for p in self._optimizer.get_parameters():
             if p.name not in arrays:
                 arrays[f"optimizer.{p.name}"] = p.asnumpy().copy()
         if self._averages is not None:
-            arrays.update({f"ema.{n}": value for n, value in self._averages.values().items()})
-        return TrainState(self.epoch, arrays, list(self.losses), list(self.accuracies))
+            averages = self._with_mean_statistics(self._averages.values())
+            arrays.update({f"ema.{name}": value for name, value in averages.items()})
+        arrays["loss_scale"] = np.array(self._loss_scale.state(), np.float64)
+        return arrays
 
-    def restore(self, state: TrainState) -> None:
+    def restore(self, step: int, arrays: dict[str, NDArray[Any]]) -> None:
+        """Go on after `step` steps from what `arrays` gave."""
         own = {p.name for p in self._trained.get_parameters()}
-        set_weights(self._trained, {name: state.arrays[name] for name in own})
+        set_weights(self._trained, {name: arrays[name] for name in own})
         for p in self._optimizer.get_parameters():
             if p.name not in own:
-                value = state.arrays[f"optimizer.{p.name}"]
-                p.set_data(ms.Tensor(value, p.dtype))
+                p.set_data(ms.Tensor(arrays[f"optimizer.{p.name}"], p.dtype))
         if self._averages is not None:
-            self._averages.restore({name: state.arrays[f"ema.{name}"] for name in own})
-        self.epoch = self._validated = state.epoch
-        self.losses, self.accuracies = list(state.losses), list(state.accuracies)
+            self._averages.restore({name: arrays[f"ema.{name}"] for name in own})
+        value, good_steps = arrays["loss_scale"].tolist()
+        self._loss_scale.restore(value, good_steps)
+        self.step = step
 
 
-def dropout_mask(
-    rate: float, shape: tuple[int, int], *, seed: int, step: int
-) -> NDArray[np.float32]:
-    """Return dropout's mask of the pooled features: 0, or 1 / (1 - rate) for the kept ones.
-
-    It depends on seed and step alone, so that a resumed training draws the same. A rate of 0 gives
-    a single 1, float32 (1, 1).
-    """
-    if rate == 0:
-        return np.ones((1, 1), np.float32)
-    kept = np.random.default_rng([seed, 3, step]).random(shape, np.float32) >= rate
-    return kept.astype(np.float32) / np.float32(1 - rate)
+def _trained_network(architecture: Architecture, recipe: Recipe, seed: int) -> MnasNet:
+    """The network in training mode, with what the recipe freezes, in the recipe's precision."""
+    level = recipe.precision.amp_level
+    # The CPU kernel of space/depthwise.py computes in float32 only.
+    network = build_network(
+        architecture, recipe.style, seed=seed, depthwise="auto" if level == "O0" else "native"
+    )
+    network.set_train(True)
+    stages = [network.stem, *network.blocks, network.head]
+    for stage in stages[: recipe.frozen_stages]:
+        for parameter in stage.get_parameters():
+            parameter.requires_grad = False
+    for stage in stages if recipe.batch_norm == "frozen" else stages[: recipe.frozen_stages]:
+        for _, cell in stage.cells_and_names():
+            if isinstance(cell, nn.BatchNorm2d):
+                cell.set_train(False)
+    if level != "O0":
+        # In place; the classifier's output is cast by the loss.
+        ms.amp.auto_mixed_precision(network, level)
+    return network
 
 
 def set_weights(network: nn.Cell, weights: Weights) -> None:

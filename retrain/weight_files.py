@@ -225,18 +225,34 @@ def _torch_entry(value: Any) -> Entry:
     return Entry(dtype, np.array(values))
 
 
-def _read_mindspore(path: Path) -> Entries:
+def read_mindspore(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any]]]:
+    """Return the texts and the arrays of a MindSpore .ckpt file, by name.
+
+    Raises:
+        ConfigError: The file is damaged or something else.
+    """
+    loaded = _load_mindspore(path)
+    texts = {name: str(value) for name, value in loaded.items() if isinstance(value, str)}
+    return texts, {n: np.array(v.asnumpy()) for n, v in loaded.items() if n not in texts}
+
+
+def _load_mindspore(path: Path) -> dict[str, Any]:
     import mindspore as ms
 
     if path.suffix != ".ckpt":
         raise ConfigError(f"{path}: must end in .ckpt to be read by MindSpore; rename it.")
     try:
-        loaded = ms.load_checkpoint(str(path))
+        return dict(ms.load_checkpoint(str(path)))
     except (ValueError, TypeError, RuntimeError) as error:
         what = " ".join(str(error).split())[:200]
         raise ConfigError(f"{path}: is a damaged MindSpore file: {what}") from None
+
+
+def _read_mindspore(path: Path) -> Entries:
+    import mindspore as ms
+
     entries = {}
-    for name, parameter in loaded.items():
+    for name, parameter in _load_mindspore(path).items():
         if not isinstance(parameter, ms.Tensor):
             entries[name] = Entry(type(parameter).__name__, None)
             continue
@@ -275,7 +291,7 @@ def write_weight_file(
     elif kind == "PyTorch":
         content = _torch_bytes(path, contiguous, module_version)
     else:
-        content = _mindspore_bytes(contiguous)
+        content = mindspore_bytes(contiguous, {})
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, content)
@@ -314,12 +330,13 @@ def _torch_bytes(path: Path, arrays: Mapping[str, NDArray[Any]], version: int) -
     return buffer.getvalue()
 
 
-def _mindspore_bytes(arrays: Mapping[str, NDArray[Any]]) -> bytes:
+def mindspore_bytes(arrays: Mapping[str, NDArray[Any]], texts: Mapping[str, str]) -> bytes:
+    """Return a MindSpore .ckpt file of named arrays and named texts."""
     import mindspore as ms
 
     entries = [{"name": name, "data": ms.Tensor(value)} for name, value in arrays.items()]
     # MindSpore writes to a path only, and makes the file read-only.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "weights.ckpt"
-        ms.save_checkpoint(entries, str(path))
+        ms.save_checkpoint(entries, str(path), append_dict=dict(texts))
         return path.read_bytes()

@@ -17,7 +17,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from controller.registry import ControllerConfig
-from latency.device import DeviceConfig
+from latency.device import DeviceConfig, resolve_members
 from retrain.config import Recipe
 from search.accel_nasbench import AccelNasBenchConfig, resolve
 from search.objective import ObjectiveConfig
@@ -252,6 +252,7 @@ class CampaignConfig:
         controller: Who proposes them.
         evaluator: What gives their accuracy.
         device: What gives their latency; null if the evaluator gives `latency_ms` itself.
+        other_devices: Where they are measured, too: see `objective.device_weights`.
         objective: Accuracy and latency -> reward.
         batch_size: Proposals that are evaluated before the controller learns from them.
         mode: `sync`: a batch is evaluated as a whole before the next one is proposed (the paper's;
@@ -274,6 +275,7 @@ class CampaignConfig:
     executor: ExecutorChoice
     stop: StopConfig
     device: DeviceChoice | None = None
+    other_devices: tuple[DeviceChoice, ...] = ()
     retrain: RetrainConfig | None = None
     warm_start: WarmStartConfig | None = None
     baseline_share: float = 0.0
@@ -294,11 +296,41 @@ class CampaignConfig:
             raise ValueError(f"seed must be in [0, 2**63), but got {self.seed}")
         if self.device is None and isinstance(self.evaluator, TrainEvaluatorConfig):
             raise ValueError("device must be given: training gives no latency, but got null")
-        if self.mode == "async" and getattr(self.device, "shares_cores", False):
+        self._check_devices()
+        shares_cores = any(getattr(device, "shares_cores", False) for device in self.devices)
+        if self.mode == "async" and shares_cores:
             raise ValueError(
                 "mode must be sync for a device that shares its cores with trainings, which go on"
                 " in async while it measures, but got 'async'"
             )
+
+    @property
+    def devices(self) -> tuple[DeviceConfig | PluginConfig, ...]:
+        """Return all devices, the first one first."""
+        return () if self.device is None else (self.device, *self.other_devices)
+
+    def _check_devices(self) -> None:
+        """What several devices need: names, a target each, weights for all of them or none."""
+        names = [device.name for device in self.devices]
+        if self.other_devices and self.device is None:
+            raise ValueError("other_devices must be left out without device")
+        if len(set(names)) < len(names):
+            raise ValueError(f"other_devices must have names of their own, but got {names}")
+        for key, given in (
+            ("other_targets_ms", self.objective.other_targets_ms),
+            ("device_weights", self.objective.device_weights),
+        ):
+            wanted = names[1:] if key == "other_targets_ms" else names
+            if given is not None and sorted(given) != sorted(wanted):
+                raise ValueError(f"objective.{key} must be for {wanted}, but got {sorted(given)}")
+        if names[1:] and self.objective.target is None and not self.objective.other_targets_ms:
+            raise ValueError(
+                f"objective.other_targets_ms must be given for {names[1:]}, or a target in the"
+                " place of target_ms"
+            )
+        unmeasured = sorted(set(self.objective.caps) - {"macs", "parameters"})
+        if unmeasured and self.device is None:
+            raise ValueError(f"objective.caps: {unmeasured} must be measured: give a device")
 
 
 #: Keys that may differ when a campaign goes on: none of them changes what a trial's result means.
@@ -344,6 +376,10 @@ def campaign_config(values: dict[str, Any], *, where: str, folder: Path) -> Camp
         resolved[key] = _plugin_keys(resolved.get(key), f"{where}: {key}")
         if resolved[key] is None:
             del resolved[key]
+    others = resolved.get("other_devices")
+    if isinstance(others, list):
+        keyed = [_plugin_keys(other, f"{where}: other_devices") for other in others]
+        resolved["other_devices"] = keyed
     config = build(CampaignConfig, resolved, where=where)
     if isinstance(config.evaluator, AccelNasBenchConfig):
         return replace(config, evaluator=resolve(config.evaluator))
@@ -353,9 +389,10 @@ def campaign_config(values: dict[str, Any], *, where: str, folder: Path) -> Camp
 def _resolve_names(values: dict[str, Any], folder: Path) -> dict[str, Any]:
     """A device's or recipe's name or path replaced by what its file holds."""
     resolved = dict(values)
-    device = resolved.get("device")
-    if isinstance(device, str):
-        resolved["device"] = load_yaml(find_config(device, "device", relative_to=folder))
+    resolved["device"] = _device_values(resolved.get("device"), folder)
+    if isinstance(resolved.get("other_devices"), list):
+        others = resolved["other_devices"]
+        resolved["other_devices"] = [_device_values(other, folder) for other in others]
     if isinstance(resolved.get("warm_start"), str):
         resolved["warm_start"] = {"campaign": resolved["warm_start"]}
     for key in ("evaluator", "retrain"):
@@ -364,6 +401,14 @@ def _resolve_names(values: dict[str, Any], folder: Path) -> dict[str, Any]:
             path = find_config(part["recipe"], "retrain", relative_to=folder)
             resolved[key] = {**part, "recipe": load_yaml(path)}
     return resolved
+
+
+def _device_values(device: Any, folder: Path) -> Any:
+    """A device's values: those that a name stands for, a pool's members among them."""
+    if isinstance(device, str):
+        path = find_config(device, "device", relative_to=folder)
+        device, folder = load_yaml(path), path.parent
+    return resolve_members(device, folder) if isinstance(device, dict) else device
 
 
 def _plugin_keys(part: Any, where: str) -> Any:
@@ -382,10 +427,16 @@ def config_to_plain(config: CampaignConfig) -> dict[str, Any]:
     """Return plain values that `campaign_config` reads back as the same configuration."""
     plain: dict[str, Any] = to_plain(config)
     for key in ("controller", "evaluator", "device"):
-        part = plain[key]
-        if isinstance(part, dict) and part.get("name") == "plugin" and "class_path" in part:
-            plain[key] = {"class": part["class_path"], "options": part["options"]}
+        plain[key] = _class_key(plain[key])
+    plain["other_devices"] = [_class_key(part) for part in plain["other_devices"]]
     return plain
+
+
+def _class_key(part: Any) -> Any:
+    """The reverse of `_plugin_keys`."""
+    if isinstance(part, dict) and part.get("name") == "plugin" and "class_path" in part:
+        return {"class": part["class_path"], "options": part["options"]}
+    return part
 
 
 def differences(ours: Any, theirs: Any, prefix: str = "") -> list[tuple[str, Any, Any]]:

@@ -22,6 +22,7 @@ from space.records import record
 
 if TYPE_CHECKING:
     from search.config import EvaluatorChoice, SyntheticEvaluatorConfig, TrainEvaluatorConfig
+    from space.search_space import SearchSpace
 
 
 @record
@@ -60,6 +61,18 @@ class Evaluator(ABC):
         None by default: a network's figures are known once it is evaluated.
         """
         return {}
+
+    def check(self, space: SearchSpace) -> None:
+        """Refuse, before anything is spent, what `evaluate` could not work with. None by default.
+
+        Raises:
+            ConfigError: Networks of the space or the evaluator's data cannot be used.
+        """
+        return
+
+    def about(self) -> list[tuple[str, str]]:
+        """Return (label, text) lines that a campaign shows of the evaluator at its start."""
+        return []
 
     @abstractmethod
     def warm_up(self) -> None:
@@ -175,11 +188,14 @@ def make_evaluator(config: EvaluatorChoice, *, threads: int) -> Evaluator:
         ConfigError: A user's class cannot be loaded.
     """
     from search import config as schema
+    from search.accel_nasbench import AccelNasBenchConfig, AccelNasBenchEvaluator
 
     if isinstance(config, schema.TrainEvaluatorConfig):
         return TrainEvaluator(config, threads=threads)
     if isinstance(config, schema.SyntheticEvaluatorConfig):
         return SyntheticEvaluator(config)
+    if isinstance(config, AccelNasBenchConfig):
+        return AccelNasBenchEvaluator(config)
     made: Evaluator = schema.load_class(config.class_path, base=Evaluator, where="evaluator")(
         config.options
     )

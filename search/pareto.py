@@ -1,31 +1,39 @@
-"""The Pareto front of accuracy and latency: the networks that no other beats in both."""
+"""The Pareto front of a campaign: the networks that no other beats in all objectives at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+import numpy as np
+
+from controller.front import ACCURACY, OBJECTIVES, non_dominated, signs_of
 from search.trial import Trial
 
 
-def pareto_front(trials: Iterable[Trial]) -> list[Trial]:
-    """Return the trials that no other trial dominates, fastest first.
+def pareto_front(trials: Iterable[Trial], objectives: Sequence[str] = OBJECTIVES) -> list[Trial]:
+    """Return the trials that no other trial dominates, best first in the last objective.
 
-    A trial dominates another if it is at least as accurate and at least as fast, and better in one
-    of the two. Of equal networks the earliest trial stands for all; trials without a reward are
-    left out.
+    By default the objectives are accuracy and latency, and the fastest comes first. A trial
+    dominates another if it is at least as good in every objective, and better in one. Of equal
+    networks the earliest trial stands for all; trials without a reward, or without one of the
+    objectives, are left out.
+
+    Args:
+        trials: In any order.
+        objectives: `accuracy`, which is to be large, and names of metrics, which are to be small.
     """
-    rewarded = [
-        (trial.latency_ms, trial.accuracy, trial)
-        for trial in trials
-        if trial.reward is not None and trial.accuracy is not None and trial.latency_ms is not None
-    ]
-    front: list[Trial] = []
-    best = -1.0
-    for _, accuracy, trial in sorted(rewarded, key=lambda row: (row[0], -row[1], row[2].id)):
-        if accuracy > best:
-            front.append(trial)
-            best = accuracy
-    return front
+    rows: list[tuple[Trial, list[float]]] = []
+    for trial in trials:
+        known = {**(trial.metrics or {}), ACCURACY: trial.accuracy}
+        values = [value for name in objectives if (value := known.get(name)) is not None]
+        if trial.reward is not None and len(values) == len(objectives):
+            rows.append((trial, values))
+    rows.sort(key=lambda row: row[0].id)
+    table = np.array([values for _, values in rows]).reshape(-1, len(objectives))
+    points = table * signs_of(objectives)
+    (on_front,) = np.nonzero(non_dominated(points))
+    order = on_front[np.argsort(-points[on_front, -1], kind="stable")]
+    return [rows[k][0] for k in order]
 
 
 def best_networks(trials: Iterable[Trial], count: int) -> list[Trial]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from controller.base import Controller
 from controller.registry import make_controller
-from latency.device import LatencyMeter, OnnxRuntimeConfig, SshConfig, make_meter
+from latency.device import DeviceConfig, LatencyMeter, OnnxRuntimeConfig, SshConfig, make_meter
 from retrain.data import class_names
 from search.config import (
     CampaignConfig,
@@ -19,7 +19,9 @@ from search.config import (
     load_class,
 )
 from search.evaluation import make_evaluator
+from search.measuring import Latencies
 from search.objective import Objective
+from search.store import Store
 from space.architecture import Architecture
 from space.cost import count
 from space.errors import ConfigError
@@ -37,11 +39,12 @@ class Parts:
     def __init__(self, config: CampaignConfig) -> None:
         self.config = config
         self.space = campaign_space(config)
-        self.meter: LatencyMeter | None = _make_meter(config)
+        self.meters = _make_meters(config)
         self.evaluator = make_evaluator(config.evaluator, threads=1)
         self.epochs = self.evaluator.epochs
         self.reference = self._reference()
         self._check_data()
+        self.evaluator.check(self.space)
         self.controller(Objective(config.objective, config.objective.target_ms or 1.0))
 
     def _reference(self) -> Architecture | None:
@@ -49,7 +52,7 @@ class Parts:
         target = self.config.objective.target
         if target is None:
             return None
-        if self.meter is None:
+        if not self.meters:
             raise ConfigError(
                 "objective.target: a reference network needs a device to be measured on, but"
                 " there is none; give target_ms."
@@ -93,12 +96,14 @@ class Parts:
             metrics_of=self._metrics_of,
         )
 
-    def full_meter(self) -> LatencyMeter | None:
-        """Return the meter for finalists, which never measures quickly."""
-        device = self.config.device
-        if isinstance(device, (OnnxRuntimeConfig, SshConfig)):
-            return make_meter(replace(device, effort="full"))
-        return self.meter
+    def latencies(self, store: Store, *, full: bool = False) -> Latencies:
+        """Return what measures the campaign's networks; `full`: never quickly, for finalists.
+
+        Raises:
+            ConfigError: The target's reference network cannot be measured.
+        """
+        meters = _make_meters(self.config, full=True) if full else self.meters
+        return Latencies(self.config.objective, meters, self.evaluator, store, self.reference)
 
     def _metrics_of(self, tokens: tuple[int, ...]) -> Mapping[str, float]:
         cost = count(self.space.decode(tokens))
@@ -120,14 +125,18 @@ def campaign_space(config: CampaignConfig) -> SearchSpace:
     )
 
 
-def _make_meter(config: CampaignConfig) -> LatencyMeter | None:
-    if config.device is None:
-        return None
-    if isinstance(config.device, PluginConfig):
-        cls = load_class(config.device.class_path, base=LatencyMeter, where="device")
-        made: LatencyMeter = cls(config.device.options)
+def _make_meters(config: CampaignConfig, *, full: bool = False) -> dict[str, LatencyMeter]:
+    return {device.name: _make_meter(device, full=full) for device in config.devices}
+
+
+def _make_meter(device: DeviceConfig | PluginConfig, *, full: bool) -> LatencyMeter:
+    if isinstance(device, PluginConfig):
+        cls = load_class(device.class_path, base=LatencyMeter, where="device")
+        made: LatencyMeter = cls(device.options)
         return made
-    return make_meter(config.device)
+    if full and isinstance(device, (OnnxRuntimeConfig, SshConfig)):
+        device = replace(device, effort="full")
+    return make_meter(device)
 
 
 def describe(parts: Parts) -> list[tuple[str, str]]:
@@ -139,12 +148,13 @@ def describe(parts: Parts) -> list[tuple[str, str]]:
         workers = f"on {executor.workers or 'all'} Ray workers of {executor.threads} threads"
     device = "none: the evaluator gives the latency"
     if config.device is not None:
-        device = config.device.name
+        device = ", ".join(device.name for device in config.devices)
     batches = f"in batches of {config.batch_size}" if config.batch_size > 1 else "one by one"
     return [
         ("space", f"{parts.space.name}: {parts.space.size:,} token vectors"),
         ("controller", config.controller.name),
         ("evaluator", f"{config.evaluator.name}, {parts.epochs:g} epochs, {workers}"),
+        *parts.evaluator.about(),
         ("device", device),
         ("trials", f"{config.stop.trials} {batches}"),
     ]

@@ -401,7 +401,7 @@ def _environment(facts: Facts) -> str:
     }
     parts = ["<h3>Campaign</h3>", _definitions(campaign)]
     if facts.config.device is None:
-        parts.append("<h3>Device</h3><p>None: the latencies are from the evaluator.</p>")
+        parts.append(f"<h3>Device</h3><p>None: the latencies are {facts.given}.</p>")
     ids = best.measurement_ids if best is not None else ()
     target = store.meta("target_measurement")
     for what, key in [

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from search.accel_nasbench import AccelNasBenchConfig
 from search.config import CampaignConfig
 from search.objective import LATENCY, Objective
 from search.pareto import best_networks
@@ -157,13 +158,21 @@ class Facts:
         measurement = self.shown.measurement(trial)
         if measurement is not None:
             return "measured" if measurement[0] == "ok" else f"measured, {measurement[0]}"
-        return "from the evaluator" if self.config.device is None else "given, not measured"
+        return self.given if self.config.device is None else "given, not measured"
+
+    @property
+    def given(self) -> str:
+        """Where the latencies come from that no device gave."""
+        evaluator = self.config.evaluator
+        if isinstance(evaluator, AccelNasBenchConfig):
+            return f"predicted, as is the accuracy, by a surrogate ({evaluator.backend})"
+        return "from the evaluator"
 
     @property
     def source(self) -> str:
         """Where the campaign's latencies come from."""
         if self.config.device is None:
-            return "from the evaluator"
+            return self.given
         return f"measured on {self.device}"
 
 

@@ -37,7 +37,8 @@ class Tally:
             ),
             maxlen=REPEATING_BATCHES,
         )
-        self._training_s = store.training_s()
+        # Only that rule needs to know, and every row is read for it.
+        self._training_s = 0.0 if stop.training_hours is None else store.training_s()
         self._last_success = store.last_success()
         self._last_failure = store.last_failure()
         best = store.best(1)

@@ -56,9 +56,6 @@ CREATE TABLE trial (
     finished_at REAL,
     finalist_of INTEGER REFERENCES trial (id)
 );
-CREATE INDEX trial_batch ON trial (batch);
-CREATE INDEX trial_hash ON trial (architecture_hash);
-CREATE INDEX trial_reward ON trial (reward) WHERE reward IS NOT NULL;
 CREATE TABLE measurement (
     id INTEGER PRIMARY KEY,
     graph_hash TEXT NOT NULL,
@@ -69,7 +66,6 @@ CREATE TABLE measurement (
     payload TEXT NOT NULL,
     created_at REAL NOT NULL
 );
-CREATE INDEX measurement_key ON measurement (graph_hash, device_fingerprint);
 CREATE TABLE batch_update (
     batch INTEGER PRIMARY KEY,
     trial_ids TEXT NOT NULL,
@@ -86,6 +82,16 @@ CREATE TABLE event (
     kind TEXT NOT NULL,
     message TEXT NOT NULL
 );
+"""
+
+#: What is asked of all trials is answered by these alone: a large campaign's rows take many
+#: seconds to read. A campaign that has them not is given them when it is next opened for writing.
+_INDEXES = """
+CREATE INDEX IF NOT EXISTS trial_batch ON trial (batch);
+CREATE INDEX IF NOT EXISTS trial_hash ON trial (architecture_hash);
+CREATE INDEX IF NOT EXISTS trial_reward_id ON trial (reward DESC, id) WHERE reward IS NOT NULL;
+CREATE INDEX IF NOT EXISTS trial_outcome ON trial (outcome, role, reward);
+CREATE INDEX IF NOT EXISTS measurement_key ON measurement (graph_hash, device_fingerprint);
 """
 
 _COLUMNS = (
@@ -174,6 +180,7 @@ class Store:
             self._db.executescript(
                 f"BEGIN;{_SCHEMA}PRAGMA user_version = {SCHEMA_VERSION};COMMIT;"
             )
+        self._db.executescript(_INDEXES)
 
     def close(self) -> None:
         """Close the file; the write-ahead log is folded in."""
@@ -376,7 +383,7 @@ class Store:
         """
         chosen: dict[str, Trial] = {}
         for trial in self._trials(
-            f"WHERE {_SEARCHED} AND reward IS NOT NULL ORDER BY reward DESC, id"
+            f"WHERE +{_SEARCHED} AND reward IS NOT NULL ORDER BY reward DESC, id"
         ):
             chosen.setdefault(trial.architecture_hash, trial)
             if len(chosen) == count:
@@ -452,7 +459,10 @@ class Store:
         )
 
     def training_s(self) -> float:
-        """Return the time of all the search's trainings, in seconds, summed over the workers."""
+        """Return the time of all the search's trainings, in seconds, summed over the workers.
+
+        Reads every row: seconds for a large campaign.
+        """
         row = self._db.execute(
             "SELECT coalesce(sum(json_extract(timings, '$.train_s')), 0) FROM trial"
             f" WHERE {_SEARCHED} AND timings IS NOT NULL"
@@ -462,42 +472,41 @@ class Store:
     def last_success(self) -> int:
         """Return the highest id of a search trial that has a result and did not fail, or -1."""
         row = self._db.execute(
-            f"SELECT coalesce(max(id), -1) FROM trial WHERE {_SEARCHED}"
-            " AND outcome IS NOT NULL AND outcome <> 'failed'"
+            f"SELECT id FROM trial NOT INDEXED WHERE {_SEARCHED}"
+            " AND outcome IS NOT NULL AND outcome <> 'failed' ORDER BY id DESC LIMIT 1"
         ).fetchone()
-        return int(row[0])
+        return int(row[0]) if row else -1
 
     def last_failure(self) -> str:
         """Return the reason of the search's last failure, or an empty string."""
         row = self._db.execute(
             "SELECT json_extract(failure, '$.reason') FROM trial"
-            f" WHERE {_SEARCHED} AND outcome = 'failed' ORDER BY id DESC LIMIT 1"
+            f" WHERE +{_SEARCHED} AND outcome = 'failed' ORDER BY id DESC LIMIT 1"
         ).fetchone()
         return str(row[0]) if row else ""
 
     def counts(self) -> dict[str, int]:
         """Return outcome -> number of search trials; `pending` for those without a result."""
         rows = self._db.execute(
-            "SELECT coalesce(outcome, 'pending'), count(*) FROM trial"
-            f" WHERE {_SEARCHED} GROUP BY 1"
+            f"SELECT outcome, count(*) FROM trial WHERE +{_SEARCHED} GROUP BY outcome"
         )
-        return dict(rows.fetchall())
+        return {outcome or "pending": count for outcome, count in rows}
 
     def rewards(self) -> dict[str, tuple[int, float, float]]:
         """Return role -> (number, highest, mean) of the rewards of the search's trials."""
         rows = self._db.execute(
             "SELECT role, count(*), max(reward), avg(reward) FROM trial"
-            f" WHERE {_SEARCHED} AND reward IS NOT NULL GROUP BY role"
+            f" WHERE +{_SEARCHED} AND outcome IN ('completed', 'reused') GROUP BY role"
         )
         return {role: (count, best, mean) for role, count, best, mean in rows}
 
     def next_ids(self) -> tuple[int, int]:
         """Return the next free (trial id, batch index) of the search."""
         row = self._db.execute(
-            "SELECT coalesce(max(id), -1) + 1, coalesce(max(batch), -1) + 1 FROM trial"
-            f" WHERE {_SEARCHED}"
+            "SELECT (SELECT coalesce(max(id), -1) FROM trial),"
+            " (SELECT coalesce(max(batch), -1) FROM trial)"
         ).fetchone()
-        return row[0], row[1]
+        return max(row[0], -1) + 1, row[1] + 1
 
     def next_other_id(self) -> int:
         """Return the next free id of a trial that is not the search's; they count down from -1."""

@@ -24,7 +24,9 @@ from space.records import to_plain
 from space.search_space import SearchSpace
 
 #: Keys of an evaluator that change latencies, but no accuracy.
-NO_ACCURACY = frozenset({"evaluator.device", "evaluator.seconds", "evaluator.slowest_seconds"})
+NO_ACCURACY = frozenset(
+    f"evaluator.{key}" for key in ("device", "other_devices", "seconds", "slowest_seconds")
+)
 
 
 def check_warm_start(config: CampaignConfig) -> None:

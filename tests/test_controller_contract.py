@@ -14,6 +14,7 @@ from controller.contract import check_controller, play
 from controller.evolution import EvolutionConfig
 from controller.guided import GuidedConfig
 from controller.local_search import LocalSearchConfig
+from controller.pareto_evolution import ParetoConfig
 from controller.policy import PolicyConfig
 from controller.ppo import PPOConfig
 from controller.random_search import RandomConfig, RandomSearch
@@ -28,6 +29,7 @@ CONFIGS: dict[str, BuiltInControllerConfig] = {
     "evolution": EvolutionConfig(population=6, sample_size=3),
     "local": LocalSearchConfig(starts=3, patience=1),
     "guided": GuidedConfig(initial=8, starts=4),
+    "pareto": ParetoConfig(initial=8),
 }
 SPACES = [(5,), (1,), (2, 3, 4, 1, 6), (3,) * 28]
 
@@ -89,7 +91,7 @@ def test_a_space_that_is_none_is_refused(
         make_controller(config, num_choices, np.random.default_rng(0))
 
 
-@pytest.mark.parametrize("name", ["evolution", "local", "guided"])
+@pytest.mark.parametrize("name", ["evolution", "local", "guided", "pareto"])
 @pytest.mark.parametrize("outcomes", [["completed"], ["failed"], ["completed", "failed"]], ids=str)
 def test_no_tokens_are_proposed_twice_before_the_whole_space_was(
     name: str, outcomes: list[Outcome]
@@ -176,6 +178,21 @@ class _LendsItsState(RandomSearch):
         return {**super().state_dict(), "counts": self._counts}
 
 
+class _ProbesOutOfRange(RandomSearch):
+    def probe(self, count: int) -> list[tuple[int, ...]]:
+        return [(9, 0, 0)] * count
+
+
+class _ForgetsWhatItAskedFor(RandomSearch):
+    def __init__(self, config: RandomConfig, n: tuple[int, ...], rng: np.random.Generator) -> None:
+        super().__init__(config, n, rng)
+        self._asked = 0
+
+    def probe(self, count: int) -> list[tuple[int, ...]]:
+        self._asked += 1
+        return [(self._asked % 3, 0, 0)]
+
+
 @pytest.mark.parametrize(
     ("cls", "rule"),
     [
@@ -189,6 +206,8 @@ class _LendsItsState(RandomSearch):
         (_ForgetsItsGenerator, "a saved state continues"),
         (_AcceptsAnything, "another controller's state"),
         (_LendsItsState, "does not change afterwards"),
+        (_ProbesOutOfRange, "probe names tokens"),
+        (_ForgetsWhatItAskedFor, "a state saved after observe_metrics"),
     ],
 )
 def test_a_broken_rule_is_found_and_named(cls: type[Controller], rule: str) -> None:

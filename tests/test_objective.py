@@ -12,11 +12,14 @@ from space.errors import ConfigError
 from space.records import build
 
 
-def make_trial(trial_id: int, accuracy: float, latency_ms: float, reward: float = 0.5) -> Trial:
+def make_trial(
+    trial_id: int, accuracy: float, latency_ms: float, reward: float = 0.5, **metrics: float
+) -> Trial:
     return Trial(
         id=trial_id, batch=0, role="search", proposal_id=trial_id, tokens=(0,), log_prob=0.0,
         architecture="", architecture_hash=f"{trial_id:016x}", seed=0, epochs=1.0,
-        outcome="completed", accuracy=accuracy, metrics={"latency_ms": latency_ms}, reward=reward,
+        outcome="completed", accuracy=accuracy, metrics={"latency_ms": latency_ms, **metrics},
+        reward=reward,
     )  # fmt: skip
 
 
@@ -124,6 +127,17 @@ def test_the_front_holds_what_no_other_beats_in_both() -> None:
         make_trial(5, 0.80, 25.0),  # as accurate as 2, slower
     ]
     assert [t.id for t in pareto_front(trials)] == [4, 0, 2]
+
+
+def test_a_front_of_other_objectives_keeps_what_is_best_in_each() -> None:
+    trials = [
+        make_trial(k, accuracy, 1.0 + k, macs=macs)
+        for k, (accuracy, macs) in enumerate([(0.7, 5.0), (0.8, 9.0), (0.6, 3.0), (0.6, 6.0)])
+    ]
+    trials += [make_trial(4, 0.9, 0.1)]  # no macs
+    assert [t.id for t in pareto_front(trials, ["accuracy", "macs"])] == [2, 0, 1]
+    assert [t.id for t in pareto_front(trials, ["accuracy", "macs", "latency_ms"])] == [0, 1, 2]
+    assert pareto_front(trials, ["accuracy", "energy_mj"]) == []
 
 
 def test_the_best_networks_are_different_and_ties_go_to_the_earlier_trial() -> None:

@@ -195,6 +195,24 @@ def test_late_results_are_learned_from_until_they_are_too_old() -> None:
     np.testing.assert_array_equal(ppo.policy.parameters, before)
 
 
+def test_a_late_result_pushes_no_further_than_the_clip_range() -> None:
+    config = PPOConfig(epochs=1, entropy_weight=0.0)
+    ppo = make_ppo(config=config)
+    ppo.update([completed(p, 0.1 * p.id) for p in ppo.propose(4)])
+    # Good tokens that the policy has learned to draw at e times the probability meanwhile.
+    late = ppo.propose(1)[0]
+    late = dataclasses.replace(late, log_prob=late.log_prob - 1.0)
+    ppo.update([completed(late, 0.9)])
+    assert ppo.diagnostics()["clip_fraction"] == 1
+    assert ppo.diagnostics()["gradient_norm"] == 0
+
+
+def test_every_minibatch_is_a_step_of_its_own() -> None:
+    ppo = make_ppo(config=PPOConfig(epochs=3, minibatch_size=2))
+    ppo.update([completed(p, 0.1 * p.id) for p in ppo.propose(5)])
+    assert ppo.state_dict()["adam"]["steps"] == 3 * 3
+
+
 def test_a_second_result_of_a_proposal_is_dropped() -> None:
     ppo = make_ppo()
     results = [completed(p, 0.1 * p.id) for p in ppo.propose(4)]
@@ -243,12 +261,31 @@ def test_exploration_keeps_a_policy_without_bonus_from_collapsing() -> None:
     shares = []
     for exploration in (0.0, 1.0):
         policy = PolicyConfig(hidden_size=16, embedding_size=16, exploration=exploration)
-        config = PPOConfig(entropy_weight=0.0, learning_rate=2e-2, policy=policy)
+        config = PPOConfig(
+            entropy_weight=0.0, min_entropy_share=0.0, learning_rate=2e-2, policy=policy
+        )
         ppo = make_ppo((4,) * 6, config=config)
         rewards_of(ppo, one_winner, trials=640, batch=16)
         shares.append(ppo.diagnostics()["unique_share"])
     assert shares[0] == 1 / 16
     assert shares[1] > 0.15
+
+
+def test_a_policy_that_collapses_is_reported_and_its_entropy_restored() -> None:
+    policy = PolicyConfig(hidden_size=16, embedding_size=16, exploration=0.0)
+    config = PPOConfig(
+        entropy_weight=0.0, min_entropy_share=0.3, learning_rate=2e-2, policy=policy
+    )
+    ppo = make_ppo((4,) * 6, config=config)
+    found = []
+    for _ in range(40):
+        rewards_of(ppo, one_winner, trials=16, batch=16)
+        found.append(ppo.diagnostics())
+    assert {d["entropy_weight"] for d in found if d["collapsed"]} == {1.0}
+    assert {d["entropy_weight"] for d in found if not d["collapsed"]} == {0.0}
+    assert all((d["entropy_share"] < 0.3) == bool(d["collapsed"]) for d in found)
+    assert min(d["entropy_share"] for d in found) > 0.15
+    assert found[-1]["unique_share"] > 0.15
 
 
 def test_the_entropy_weight_falls_to_its_final_value() -> None:
@@ -366,6 +403,7 @@ def test_a_name_chooses_the_controller() -> None:
         ("entropy_weight", -0.1),
         ("entropy_weight_final", -1.0),
         ("entropy_trials", 0),
+        ("min_entropy_share", 1.0),
         ("baseline_decay", 1.0),
         ("failure_advantage", 0.0),
         ("max_gradient_norm", 0.0),

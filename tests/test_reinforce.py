@@ -90,11 +90,11 @@ def test_extreme_logits_stay_finite() -> None:
 
 def test_one_epoch_of_ppo_on_fresh_results_is_this_update_of_the_papers_policy() -> None:
     policy = LSTMPolicy(PolicyConfig(hidden_size=8), CHOICES, np.random.default_rng(0))
-    tokens, log_prob = policy.sample(5, np.random.default_rng(1))
+    drawn = policy.sample(5, np.random.default_rng(1))
     advantages = np.array([1.0, -2.0, 0.5, 0.0, 3.0])
     loss = Surrogate(
-        policy.evaluate(tokens),
-        old_log_prob=log_prob,
+        policy.evaluate(drawn.tokens),
+        old_log_prob=drawn.log_prob,
         advantages=advantages,
         clip_range=0.5,
         entropy_weight=0.2,

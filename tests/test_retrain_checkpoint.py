@@ -13,6 +13,7 @@ from retrain.checkpoint import (
     Checkpoint,
     SavedState,
     Training,
+    TrainState,
     load_checkpoint,
     load_state,
     save_checkpoint,
@@ -53,6 +54,25 @@ def test_a_checkpoint_is_read_back_as_it_was(tmp_path: Path) -> None:
     assert dataclasses.replace(read, weights={}) == dataclasses.replace(written, weights={})
 
 
+def test_a_ckpt_of_mindspore_holds_the_same_as_safetensors(tmp_path: Path) -> None:
+    path, written = tmp_path / "m.ckpt", checkpoint()
+    save_checkpoint(path, written)
+    read = load_checkpoint(path)
+    assert dataclasses.replace(read, weights={}) == dataclasses.replace(written, weights={})
+    assert read.weights.keys() == written.weights.keys()
+    assert all(np.array_equal(read.weights[n], v) for n, v in written.weights.items())
+
+
+def test_averaged_weights_are_those_that_are_evaluated() -> None:
+    weights = initial_parameters(NETWORK, 1)
+    averages = {f"ema.{name}": value + 1 for name, value in weights.items()}
+    plain = TrainState(0, 0, (), (), {**weights, "loss_scale": np.zeros(2)})
+    averaged = TrainState(0, 0, (), (), {**weights, **averages})
+    for name, value in weights.items():
+        assert np.array_equal(plain.evaluated_weights(NETWORK)[name], value)
+        assert np.array_equal(averaged.evaluated_weights(NETWORK)[name], value + 1)
+
+
 def test_weights_from_elsewhere_say_so_and_need_no_training(tmp_path: Path) -> None:
     written = dataclasses.replace(checkpoint(), training=None, classes=(), source="timm: a.pth")
     save_checkpoint(tmp_path / "m", written)
@@ -67,14 +87,16 @@ def test_a_state_is_read_back_as_it_was_with_types_and_shapes(tmp_path: Path) ->
         "optimizer.learning_rate": np.array(0.5, np.float32),
     }
     recipe = Recipe(DataConfig("digits"), 3)
-    written = SavedState(NETWORK.text, recipe, 5, 2, (2.0, 1.5), (0.5, 0.75), arrays)
+    state = TrainState(77, 2, (2.0, 1.5), (0.5, 0.75), arrays)
+    written = SavedState(NETWORK.text, recipe, 5, "ab12", state)
     save_state(tmp_path / "s", written)
     read = load_state(tmp_path / "s")
-    assert dataclasses.replace(read, arrays={}) == dataclasses.replace(written, arrays={})
+    assert dataclasses.replace(read, state=state) == written
+    assert dataclasses.replace(read.state, arrays=arrays) == state
     for name, value in arrays.items():
-        assert read.arrays[name].shape == value.shape
-        assert read.arrays[name].dtype == value.dtype
-        assert np.array_equal(read.arrays[name], value)
+        assert read.state.arrays[name].shape == value.shape
+        assert read.state.arrays[name].dtype == value.dtype
+        assert np.array_equal(read.state.arrays[name], value)
 
 
 def test_all_faults_of_weights_are_listed_at_once(tmp_path: Path) -> None:
@@ -136,7 +158,8 @@ def test_a_missing_checkpoint_and_a_folder_are_refused(tmp_path: Path) -> None:
 
 def test_a_training_state_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
     recipe = Recipe(DataConfig("digits"), 3)
-    save_state(tmp_path / "s", SavedState(NETWORK.text, recipe, 5, 0, (), (), {}))
+    state = TrainState(0, 0, (), (), {})
+    save_state(tmp_path / "s", SavedState(NETWORK.text, recipe, 5, None, state))
     with pytest.raises(ConfigError, match="must be in the format 'mnas weights 2'"):
         load_checkpoint(tmp_path / "s")
 

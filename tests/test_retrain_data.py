@@ -7,13 +7,16 @@ import struct
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
+from retrain import data_cache
 from retrain.config import AugmentConfig, DataConfig
 from retrain.data import (
     DataSet,
     Split,
+    class_names,
     epoch_order,
     eval_batches,
     load_data,
@@ -22,6 +25,11 @@ from retrain.data import (
 from space.errors import ConfigError
 
 DIGITS = DataConfig("digits", validation_fraction=0.2)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def rows(split: Split) -> set[bytes]:
@@ -69,6 +77,21 @@ def test_fewer_training_images_leave_the_validation_images_as_they_are() -> None
     assert len(few.train) == 100
     assert rows(few.validation) == rows(load_data(DIGITS, 8, 1).validation)
     assert rows(few.train) < rows(load_data(DIGITS, 8, 1).train)
+
+
+def test_a_number_of_validation_images_is_held_out_exactly_and_in_proportion() -> None:
+    data = load_data(DataConfig("digits", validation_images=151), 8, 1)
+    assert len(data.validation) == 151
+    held_out = np.bincount(data.validation.labels)
+    total = held_out + np.bincount(data.train.labels)
+    assert np.abs(held_out - 151 * total / total.sum()).max() < 1
+    again = load_data.__wrapped__(DataConfig("digits", validation_images=151), 8, 1)
+    assert np.array_equal(again.validation.images, data.validation.images)
+
+
+def test_more_validation_images_than_half_of_the_training_set_are_refused() -> None:
+    with pytest.raises(ConfigError, match="validation_images: must be at most half of the 1433"):
+        load_data(DataConfig("digits", validation_images=800), 8, 1)
 
 
 def test_more_training_images_than_there_are_is_refused() -> None:
@@ -218,6 +241,112 @@ def test_more_labels_than_images_is_refused(fashion: Path) -> None:
         load_data(DataConfig("fashion_mnist", path=str(fashion)), 28, 1)
 
 
+# ---------------------------------------------------------------------------- cifar
+
+
+def write_cifar(folder: Path, name: str) -> Path:
+    """The binary version with 20 training and 10 test images; pixel = 10 * label + plane."""
+    label_bytes, classes = (1, 10) if name == "cifar10" else (2, 100)
+    target = folder / ("cifar-10-batches-bin" if name == "cifar10" else "cifar-100-binary")
+    target.mkdir()
+
+    def rows(count: int) -> bytes:
+        planes = bytes(plane for plane in range(3) for _ in range(1024))
+        return b"".join(
+            bytes([0] * (label_bytes - 1) + [label]) + bytes(10 * label + p for p in planes)
+            for label in (index % 10 for index in range(count))
+        )
+
+    if name == "cifar10":
+        for number in range(1, 6):
+            (target / f"data_batch_{number}.bin").write_bytes(rows(10))
+        (target / "test_batch.bin").write_bytes(rows(10))
+        (target / "batches.meta.txt").write_text(
+            "\n".join(f"class{i}" for i in range(10)) + "\n\n"
+        )
+    else:
+        (target / "train.bin").write_bytes(rows(50))
+        (target / "test.bin").write_bytes(rows(10))
+        (target / "fine_label_names.txt").write_text("\n".join(f"f{i}" for i in range(classes)))
+    return target
+
+
+@pytest.mark.parametrize(("name", "classes"), [("cifar10", 10), ("cifar100", 100)])
+def test_cifar_binaries_give_their_images_fine_labels_and_colours(
+    tmp_path: Path, name: str, classes: int
+) -> None:
+    write_cifar(tmp_path, name)
+    config = DataConfig(name, path=str(tmp_path))
+    data = load_data(config, 32, 3)
+    assert (len(data.train), len(data.validation), len(data.test)) == (40, 10, 10)
+    assert len(data.classes) == classes == len(class_names(config))
+    planes = data.test.images[:, :, 5, 5].astype(int)
+    assert np.array_equal(planes, 10 * data.test.labels[:, None] + np.arange(3))
+    # The folder with the files themselves does as well as the one around it.
+    inner = next(tmp_path.glob("cifar*"))
+    assert len(load_data(DataConfig(name, path=str(inner)), 16, 1).test) == 10
+
+
+def test_a_cut_cifar_file_is_named(tmp_path: Path) -> None:
+    file = write_cifar(tmp_path, "cifar10") / "data_batch_3.bin"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ConfigError, match=r"data_batch_3.bin must hold rows of 3073 bytes"):
+        load_data(DataConfig("cifar10", path=str(tmp_path)), 32, 3)
+
+
+def test_a_missing_cifar_file_is_named_with_what_the_folder_must_hold(tmp_path: Path) -> None:
+    (write_cifar(tmp_path, "cifar100") / "test.bin").unlink()
+    with pytest.raises(ConfigError, match=r"test.bin does not exist; .*train.bin, test.bin, fine"):
+        load_data(DataConfig("cifar100", path=str(tmp_path)), 32, 3)
+
+
+def test_a_label_beyond_the_classes_is_refused(tmp_path: Path) -> None:
+    file = write_cifar(tmp_path, "cifar10") / "test_batch.bin"
+    file.write_bytes(b"\x0b" + file.read_bytes()[1:])
+    with pytest.raises(ConfigError, match=r"test_batch.bin: labels must be below 10, but got 11"):
+        load_data(DataConfig("cifar10", path=str(tmp_path)), 32, 3)
+
+
+# ---------------------------------------------------------------------------- shared arrays
+
+
+def test_a_data_set_worth_a_file_is_made_once_and_mapped_by_all(
+    tmp_path: Path, fashion: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_cache, "_MIN_BYTES", 1)
+    config = DataConfig("fashion_mnist", path=str(fashion))
+    first = load_data.__wrapped__(config, 28, 1)
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "cache").rglob("*.npy")}
+    again = load_data.__wrapped__(config, 28, 1)
+    assert len(made) == 4
+    mapped = {Path(area.path) for area in psutil.Process().memory_maps()}
+    assert {path for path in made if path.stem.endswith("images")} <= mapped
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+    assert np.array_equal(first.train.images, again.train.images)
+    other = load_data.__wrapped__(config, 14, 1)
+    assert other.train.images.shape[2:] == (14, 14)
+
+
+def test_changed_files_are_another_data_set(
+    fashion: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_cache, "_MIN_BYTES", 1)
+    config = DataConfig("fashion_mnist", path=str(fashion))
+    load_data.__wrapped__(config, 28, 1)
+    file = fashion / "train-images-idx3-ubyte.gz"
+    file.write_bytes(idx(np.zeros((100, 28, 28), np.uint8)))
+    assert not load_data.__wrapped__(config, 28, 1).train.images.any()
+
+
+def test_without_a_place_for_the_file_the_images_stay_in_memory(
+    tmp_path: Path, fashion: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setattr(data_cache, "_MIN_BYTES", 1)
+    data = load_data.__wrapped__(DataConfig("fashion_mnist", path=str(fashion)), 28, 1)
+    assert len(data.train) == 90
+
+
 # ---------------------------------------------------------------------------- image_folder
 
 
@@ -283,6 +412,16 @@ def test_a_cut_image_is_named(folder: Path) -> None:
 def test_a_class_without_images_is_named(folder: Path) -> None:
     (folder / "train" / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"train/empty holds no images"):
+        load_data(DataConfig("image_folder", path=str(folder)), 8, 1)
+
+
+def test_a_class_that_only_the_training_folder_has_is_named(folder: Path) -> None:
+    for part in ("dark", "light"):
+        (folder / "train" / f"more {part}").mkdir()
+        Image.new("L", (9, 9)).save(folder / "train" / f"more {part}" / "0.png")
+    with pytest.raises(
+        ConfigError, match=r"'more dark', which val/ has not \(4 classes in train/"
+    ):
         load_data(DataConfig("image_folder", path=str(folder)), 8, 1)
 
 

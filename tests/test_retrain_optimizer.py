@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from retrain.config import OptimizerConfig
-from retrain.optimizer import Averages, decays, make_optimizer, set_learning_rate
+from retrain.ema import Averages
+from retrain.optimizer import decays, make_optimizer, set_learning_rate
 
 ms.set_context(mode=ms.GRAPH_MODE)
 
@@ -87,6 +88,28 @@ def test_sgd_has_momentum_and_nesterovs_look_ahead(nesterov: bool) -> None:
 )
 def test_only_convolutions_and_the_classifier_are_decayed(name: str, decayed: bool) -> None:
     assert decays(name) is decayed
+
+
+def test_adamw_corrects_its_bias_and_decays_weights_apart_from_gradients() -> None:
+    config = OptimizerConfig(name="adamw", beta1=0.8, beta2=0.9, epsilon=1e-3, weight_decay=0.05)
+    found = trained(config)
+    for index, (name, value) in enumerate(START.items()):
+        w, mean, square = value.astype(np.float64), np.zeros(value.shape), np.zeros(value.shape)
+        for step, rate in enumerate(RATES):
+            g = gradients(step)[index]
+            mean, square = 0.8 * mean + 0.2 * g, 0.9 * square + 0.1 * g**2
+            w = w * (1 - rate * (0.05 if decays(name) else 0.0))
+            corrected = rate * np.sqrt(1 - 0.9 ** (step + 1)) / (1 - 0.8 ** (step + 1))
+            w = w - corrected * mean / (np.sqrt(square) + 1e-3)
+        np.testing.assert_allclose(found[index], w, rtol=1e-5, atol=1e-5)
+
+
+def test_an_optimizer_whose_weights_are_all_decayed_works() -> None:
+    weight = ms.Parameter(ms.Tensor(np.ones(3, np.float32)), name="classifier.weight")
+    optimizer = make_optimizer(OptimizerConfig(name="sgd", weight_decay=0.5), [weight])
+    set_learning_rate(optimizer, 0.1)
+    optimizer((ms.Tensor(np.zeros(3, np.float32)),))
+    np.testing.assert_allclose(weight.asnumpy(), 0.95, rtol=1e-6)
 
 
 def test_averages_follow_their_formula_from_the_first_step() -> None:

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import mindspore as ms
@@ -16,12 +17,26 @@ from mindspore import nn
 from retrain_parts import TINY, TINY_RECIPE, TINY_TEXT
 
 from retrain import train as loop
-from retrain.config import AugmentConfig, DataConfig, OptimizerConfig, Recipe, ScheduleConfig
-from retrain.data import DataSet, Split, train_batch
+from retrain.checkpoint import TrainState
+from retrain.config import (
+    AugmentConfig,
+    DataConfig,
+    OptimizerConfig,
+    PrecisionConfig,
+    Recipe,
+    ScheduleConfig,
+)
+from retrain.data import DataSet, Split, load_data, train_batches
+from retrain.drop_path import DropPathFeatures
+from retrain.dropout import drop_path_mask, drop_path_rates, dropout_mask
 from retrain.evaluate import evaluate, evaluation_of, logits_of
-from retrain.train import TrainProgress, TrainState, dropout_mask, train
+from retrain.loss_scale import LossScale
+from retrain.progress import TrainProgress
+from retrain.train import Trainer, train
 from space.architecture import parse_architecture
 from space.errors import ConfigError, TrialFailed
+from space.network import build_network
+from space.parameters import initial_parameters
 from space.records import build, parse_yaml
 
 RECIPE = build(Recipe, parse_yaml(TINY_RECIPE, where="tiny"), where="tiny")
@@ -32,6 +47,8 @@ import hashlib, json, sys
 from retrain_parts import TINY, TINY_RECIPE
 from retrain.config import Recipe
 from retrain.train import train
+from space.network import build_network
+from space.parameters import initial_parameters
 from space.records import build, parse_yaml
 
 recipe = build(Recipe, parse_yaml(TINY_RECIPE, where="tiny"), where="tiny")
@@ -78,7 +95,7 @@ def watched() -> Watched:
     states: list[TrainState] = []
     progress: list[TrainProgress] = []
     result = train(
-        TINY, RECIPE, seed=3, threads=1, on_progress=progress.append, on_epoch=states.append
+        TINY, RECIPE, seed=3, threads=1, on_progress=progress.append, on_state=states.append
     )
     return Watched(result, states, progress)
 
@@ -139,7 +156,7 @@ def test_with_sgd_a_resumed_training_is_the_whole_one_bit_by_bit() -> None:
         schedule=ScheduleConfig(learning_rate=0.1),
     )
     states: list[TrainState] = []
-    whole = train(TINY, sgd, seed=3, threads=1, on_epoch=states.append)
+    whole = train(TINY, sgd, seed=3, threads=1, on_state=states.append)
     resumed = train(TINY, sgd, seed=3, threads=1, state=states[0])
     assert resumed.losses == whole.losses
     for name, value in whole.weights.items():
@@ -155,14 +172,12 @@ def test_resuming_a_finished_training_only_evaluates_it(watched: Watched) -> Non
 def test_images_that_are_no_numbers_fail_the_trial(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def broken(
-        data: DataSet, indices: np.ndarray, augment: AugmentConfig, *, seed: int, step: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        images, labels = train_batch(data, indices, augment, seed=seed, step=step)
-        return (images * np.float32(np.nan) if step == 2 else images), labels
+    def broken(*arguments: object, **names: object) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for number, (images, labels) in enumerate(train_batches(*arguments, **names)):  # type: ignore[arg-type]
+            yield (images * np.float32(np.nan) if number == 2 else images), labels
 
     once = dataclasses.replace(RECIPE, epochs=1)
-    monkeypatch.setattr(loop, "train_batch", broken)
+    monkeypatch.setattr(loop, "train_batches", broken)
     with pytest.raises(
         TrialFailed, match=r"diverged: stem\.\S+ was not finite after epoch 1"
     ) as caught:
@@ -215,7 +230,92 @@ def test_preparing_a_process_twice_is_harmless() -> None:
     loop.prepare_process(1)
 
 
+SGD = dataclasses.replace(
+    RECIPE,
+    epochs=1,
+    optimizer=OptimizerConfig(name="sgd"),
+    schedule=ScheduleConfig(learning_rate=0.1),
+    batch_norm="frozen",
+    ema_decay=None,
+)
+
+
+def steps_of(recipe: Recipe, count: int = 3) -> dict[str, np.ndarray]:
+    """The weights after some steps."""
+    data = load_data(recipe.data, TINY.resolution, TINY.input_channels, recipe.augment)
+    trainer = Trainer(TINY, recipe, data, seed=1, threads=1)
+    for _ in range(count):
+        trainer.take_step()
+    return trainer.arrays()
+
+
+def test_accumulated_passes_are_one_large_batch_and_a_loss_scale_leaves_no_trace() -> None:
+    plain = dataclasses.replace(SGD, augment=AugmentConfig())
+    changes = {"batch_size": 16, "accumulate": 2, "precision": PrecisionConfig(loss_scale=256.0)}
+    whole, parts = steps_of(plain), steps_of(dataclasses.replace(plain, **changes))  # type: ignore[arg-type]
+    for name in initial_parameters(TINY, 0):
+        np.testing.assert_allclose(parts[name], whole[name], rtol=1e-4, atol=1e-6)
+
+
+def test_frozen_stages_keep_weights_and_statistics_and_the_rest_is_trained() -> None:
+    start = initial_parameters(TINY, 1)
+    arrays = steps_of(dataclasses.replace(SGD, batch_norm="train", frozen_stages=2))
+    moved = {name for name in start if not np.array_equal(arrays[name], start[name])}
+    assert moved == {n for n in start if n.startswith(("head.", "classifier."))}
+
+
+def test_more_frozen_stages_than_there_are_get_a_sentence() -> None:
+    with pytest.raises(ConfigError, match="frozen_stages must be at most 3, the stem, 1 blocks"):
+        steps_of(dataclasses.replace(SGD, frozen_stages=4))
+
+
+@pytest.mark.slow
+def test_in_float16_a_scale_that_is_too_large_is_halved_until_steps_are_taken() -> None:
+    precision = PrecisionConfig("O2", loss_scale=2.0**24, dynamic=True, growth_steps=1000)
+    arrays = steps_of(dataclasses.replace(SGD, batch_norm="train", precision=precision), 20)
+    scale, good_steps = arrays["loss_scale"]
+    assert 1 <= scale < 2.0**24
+    assert good_steps > 0
+    assert all(np.isfinite(arrays[name]).all() for name in initial_parameters(TINY, 0))
+
+
 # ---------------------------------------------------------------------------- parts
+
+
+def test_a_dynamic_loss_scale_halves_doubles_and_gives_up_at_one() -> None:
+    scale = LossScale(PrecisionConfig(loss_scale=4.0, dynamic=True, growth_steps=2))
+    seen = []
+    for finite in (True, True, True, False, True, True, False, False, False):
+        scale.update(finite=finite)
+        seen.append(scale.value)
+    assert seen == [4, 8, 8, 4, 4, 8, 4, 2, 1]
+    with pytest.raises(TrialFailed, match="not finite with a loss scale of 1"):
+        scale.update(finite=False)
+
+
+def test_drop_path_leaves_out_later_layers_more_often_and_is_drawn_again_alike() -> None:
+    network = parse_architecture("stem8_s11 | r3_k3_s11_e3_i8_o8 | head16 | r8 | c10 | in1")
+    rates = drop_path_rates(0.3, network)
+    np.testing.assert_allclose(rates, [0.0, 0.1, 0.2], rtol=1e-6)
+    mask = drop_path_mask(rates, 20_000, seed=1, step=2)
+    # Six standard deviations of a mean of 20,000 draws are passed with a probability below 1e-8.
+    np.testing.assert_allclose((mask == 0).mean(axis=0), rates, atol=0.017)
+    np.testing.assert_allclose(mask.max(axis=0), 1 / (1 - rates), rtol=1e-6)
+    assert np.array_equal(mask, drop_path_mask(rates, 20_000, seed=1, step=2))
+    assert not np.array_equal(mask, drop_path_mask(rates, 20_000, seed=1, step=3))
+
+
+def test_features_with_all_paths_are_the_networks_and_without_them_the_skips_alone() -> None:
+    text = "stem8_s11 | r2_k3_s11_e3_i8_o8 | r1_k3_s11_e3_i8_o8_pool | head16 | r8 | c10 | in1"
+    network = build_network(parse_architecture(text), seed=0).set_train(False)
+    images = ms.Tensor(np.random.default_rng(0).normal(size=(2, 1, 8, 8)).astype(np.float32))
+    features = DropPathFeatures(network)
+    found = features(images, ms.Tensor(np.ones((2, 3), np.float32)))
+    np.testing.assert_allclose(found.asnumpy(), network.features(images).asnumpy(), atol=1e-6)
+    skipped = features(images, ms.Tensor(np.zeros((2, 3), np.float32)))
+    pooled = network.blocks[1][0].pool_skip(network.stem(images))
+    expected = network.head(pooled).mean((2, 3))
+    np.testing.assert_allclose(skipped.asnumpy(), expected.asnumpy(), atol=1e-6)
 
 
 def test_dropouts_mask_keeps_its_share_scaled_up_and_is_drawn_again_alike() -> None:
@@ -253,12 +353,16 @@ def test_the_loss_is_the_cross_entropy_with_smoothed_labels() -> None:
     assert found == pytest.approx(-(targets * log_probabilities).sum(axis=1).mean(), rel=1e-5)
 
 
-def test_gradients_are_clipped_to_their_global_norm_and_small_ones_left_alone() -> None:
-    clip = loop._Clip(1.0)
-    large = clip((ms.Tensor(np.array([3.0], np.float32)), ms.Tensor(np.array([4.0], np.float32))))
-    np.testing.assert_allclose([g.asnumpy()[0] for g in large], [0.6, 0.8], rtol=1e-5)
-    small = clip((ms.Tensor(np.array([0.3], np.float32)), ms.Tensor(np.array([0.4], np.float32))))
-    np.testing.assert_allclose([g.asnumpy()[0] for g in small], [0.3, 0.4], rtol=1e-5)
+def test_gradients_are_unscaled_then_clipped_to_their_norm_and_small_ones_left_alone() -> None:
+    finish = loop._Finish(1.0)
+    half = ms.Tensor(0.5, ms.float32)
+    large = (ms.Tensor(np.array([6.0], np.float32)), ms.Tensor(np.array([8.0], np.float32)))
+    clipped, square = finish(large, half)
+    np.testing.assert_allclose([g.asnumpy()[0] for g in clipped], [0.6, 0.8], rtol=1e-5)
+    assert float(square) == pytest.approx(25.0)
+    small = (ms.Tensor(np.array([0.6], np.float32)), ms.Tensor(np.array([0.8], np.float32)))
+    left, _ = finish(small, half)
+    np.testing.assert_allclose([g.asnumpy()[0] for g in left], [0.3, 0.4], rtol=1e-5)
 
 
 def test_an_evaluations_figures_are_those_counted_by_hand() -> None:

@@ -1,0 +1,117 @@
+"""Starting workers: what a launcher says to them, and msrun as a launcher of our own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from space.errors import ConfigError, MnasError
+
+#: A worker that ends with an error leaves msrun so long to end the others.
+_END_LIMIT_S = 20.0
+_LOOK_INTERVAL_S = 0.2
+_COMPLAINT = "retrain: "
+
+
+def launched_workers() -> int:
+    """Return how many workers msrun or mpirun started together with this process; 1 for none."""
+    for name in ("MS_WORKER_NUM", "OMPI_COMM_WORLD_SIZE"):
+        if os.environ.get(name, "").isdecimal():
+            return int(os.environ[name])
+    return 1
+
+
+def launched_by_msrun() -> bool:
+    """Whether msrun, not mpirun, started this process."""
+    return "MS_ROLE" in os.environ
+
+
+def launch(
+    workers: int, arguments: Sequence[str], logs: Path, on_line: Callable[[str], None]
+) -> None:
+    """Run `python -m retrain ARGUMENTS` as so many workers on this machine, with msrun.
+
+    Args:
+        workers: At least 2.
+        arguments: Of the command.
+        logs: The folder of the workers' output.
+        on_line: Is told what the first worker prints.
+
+    Raises:
+        ConfigError: A worker refused its input, or msrun is not there.
+        MnasError: A worker failed.
+    """
+    # msrun starts `python`, whichever comes first in PATH.
+    scripts = Path(sys.executable).parent
+    if not (scripts / "msrun").exists():
+        raise ConfigError(f"--workers: needs msrun, MindSpore's launcher, in {scripts}.")
+    logs.mkdir(parents=True, exist_ok=True)
+    for old in logs.glob("*.log"):
+        old.unlink()
+    command = [
+        str(scripts / "msrun"), "--worker_num", str(workers), "--local_worker_num", str(workers),
+        "--master_port", str(_free_port()), "--log_dir", str(logs), "--join", "True",
+        "python", "-m", "retrain", *arguments,
+    ]  # fmt: skip
+    path = f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"
+    process = subprocess.Popen(
+        command,
+        env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        _follow(process, logs, on_line)
+    finally:
+        if process.poll() is None:
+            # msrun ends its workers on Ctrl-C.
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(_END_LIMIT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+    complaint = _complaint(logs)
+    if complaint is not None:
+        raise ConfigError(complaint)
+    if process.returncode != 0:
+        raise MnasError(f"a worker failed; its output is in {logs}.")
+
+
+def _follow(process: subprocess.Popen[bytes], logs: Path, on_line: Callable[[str], None]) -> None:
+    """Pass on what the first worker prints until all have ended or one complains."""
+    first, seen = logs / "worker_0.log", 0
+    while True:
+        ended = process.poll() is not None
+        text = first.read_text(errors="replace") if first.exists() else ""
+        # A line that is being written is for the next look.
+        whole = text[seen : text.rfind("\n") + 1]
+        seen += len(whole)
+        for line in whole.splitlines():
+            if not line.startswith(("[", _COMPLAINT)):
+                on_line(line)
+        if ended or _complaint(logs) is not None:
+            return
+        time.sleep(_LOOK_INTERVAL_S)
+
+
+def _complaint(logs: Path) -> str | None:
+    """The sentence with which a worker ended."""
+    for log in sorted(logs.glob("worker_*.log")):
+        for line in log.read_text(errors="replace").splitlines():
+            if line.startswith(_COMPLAINT):
+                return line.removeprefix(_COMPLAINT)
+    return None
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port

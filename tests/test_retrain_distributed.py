@@ -1,0 +1,119 @@
+"""Several workers: the same training as one process would do, and sentences where it cannot be."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from retrain_parts import TINY, TINY_TEXT
+
+from retrain.checkpoint import load_checkpoint
+from space.parameters import initial_parameters
+
+# 20 steps of 48 images; statistics are frozen, for each worker normalises with its own images.
+RECIPE = """
+data: {name: digits, validation_fraction: 0.2, train_images: 960}
+epochs: 1
+batch_size: 48
+global_batch: 48
+eval_batch_size: 100
+optimizer: {name: sgd}
+schedule: {learning_rate: 0.1}
+dropout: 0.1
+augment: {shift: 1}
+batch_norm: frozen
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> str:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE)
+    return str(path)
+
+
+def retrain(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "retrain", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "GLOG_v": "3", **variables},
+        check=False,
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_workers_take_the_steps_that_one_process_takes(tmp_path: Path, recipe: str) -> None:
+    reports = {}
+    for name, more in (("one", ("--threads", "1")), ("two", ("--workers", "2", "batch_size=24"))):
+        out = str(tmp_path / name)
+        done = retrain(
+            "--config", recipe, "--arch", TINY_TEXT, "--out", out, "--json", *more
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        reports[name] = json.loads(done.stdout.strip().splitlines()[-1])
+    assert "global batch 48 (24 images x 2 workers)" in done.stderr
+    one, two = reports["one"], reports["two"]
+    assert (one["steps"], two["steps"], one["workers"], two["workers"]) == (20, 20, 1, 2)
+    assert one["global_batch"] == two["global_batch"] == 48
+    weights = [load_checkpoint(tmp_path / name / "model.safetensors").weights for name in reports]
+    start = initial_parameters(TINY, 0)
+    moved = max(np.abs(weights[0][n] - start[n]).max() for n in start)
+    difference = max(np.abs(weights[0][n] - weights[1][n]).max() for n in start)
+    print(
+        f"largest difference {difference:.2g}; images/s: one {one['images_per_s']:.0f},"
+        f" two {two['images_per_s']:.0f}"
+    )
+    assert moved > 1e-2
+    assert difference <= 1e-5
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-5)
+    assert two["validation_accuracy"] == one["validation_accuracy"]
+    assert two["validation_loss"] == pytest.approx(one["validation_loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_what_the_first_worker_refuses_is_said_once_and_ends_the_others(
+    tmp_path: Path, recipe: str
+) -> None:
+    (tmp_path / "recipe.yaml").rename(tmp_path / "given.yaml")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "result.json").write_text("{}")
+    done = retrain(
+        "--config", str(tmp_path / "given.yaml"), "--arch", TINY_TEXT, "--workers", "2", "--out",
+        str(out),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.strip().startswith(f"retrain: {out}: holds a finished training already")
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variables", "sentence"),
+    [
+        (("--distribute", "True"), {}, "--distribute: must be left out or False for a single"),
+        ((), {"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun: starts workers on Ascend only"),
+        (("--distribute", "yes"), {}, "--distribute: must be True or False, but got 'yes'"),
+        (("--workers", "1"), {}, "--workers: must be >= 2, but got 1; leave it out for one"),
+    ],
+)
+def test_workers_that_cannot_work_together_get_a_sentence(
+    recipe: str,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    variables: dict[str, str],
+    sentence: str,
+) -> None:
+    asked = ("--config", recipe, "--arch", TINY_TEXT, "--out", str(tmp_path / "out"))
+    done = retrain(*asked, *arguments, **variables)
+    assert done.returncode == 2
+    assert sentence in done.stderr
+    assert not (tmp_path / "out").exists()
