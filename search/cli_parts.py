@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from latency import cli as latency_cli
+from retrain import __main__ as room
 from retrain.convert_cli import convert
+from retrain.data_cli import app as data_app
 from space.errors import ConfigError
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on one line.")]
@@ -29,7 +30,9 @@ def register(app: typer.Typer) -> None:
     app.add_typer(space, name="space", rich_help_panel=None)
     app.add_typer(latency_cli.make_app(find_network), name="latency", rich_help_panel=None)
     app.command("retrain")(retrain)
-    app.command("validate")(validate)
+    app.command("finetune")(room.finetune)
+    app.command("validate")(room.validate)
+    app.add_typer(data_app, name="data", rich_help_panel=None)
     app.command("export")(export)
     app.command("convert")(convert)
     app.command("check-plugin")(check_plugin)
@@ -250,67 +253,44 @@ def check_plugin(
 
 # ---------------------------------------------------------------------------- retrain
 
-DataDir = Annotated[
-    str | None, typer.Option("--data_dir", "--data-dir", help="The data set's folder.")
-]
-Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads [all].")]
-CkptPath = Annotated[
-    Path, typer.Option("--ckpt_path", "--ckpt-path", help="A training's model.safetensors.")
-]
-RecipeOption = Annotated[
-    str | None,
-    typer.Option("--config", "-c", help="A recipe whose data are taken [the training's]."),
-]
-
 
 def retrain(
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Recipe settings.")
-    ] = None,
+    overrides: room.Overrides = None,
     config: Annotated[
         str | None, typer.Option("--config", "-c", help="A recipe: a file or a shipped name.")
     ] = None,
     arch: Annotated[
-        str | None, typer.Option(help="A published name, a text form, or DIR:TRIAL.")
+        str | None,
+        typer.Option(help="A published name, a text form, or DIR:TRIAL [the recipe's]."),
     ] = None,
-    data_dir: DataDir = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The result's folder.")] = None,
-    resolution: Annotated[int | None, typer.Option(help="Input pixels.")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything random.")] = 0,
-    threads: Threads = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on where it was killed.")] = False,
+    data_dir: room.DataDir = None,
+    out: room.Out = None,
+    resolution: room.Resolution = None,
+    seed: room.Seed = 0,
+    threads: room.Threads = None,
+    resume: room.Resume = False,
     campaign: Annotated[
         Path | None, typer.Option(help="Hand over this campaign's best networks instead.")
     ] = None,
     top: Annotated[int | None, typer.Option(min=1, help="How many of them.")] = None,
     as_json: Json = False,
+    ckpt_path: room.StartPath = None,
+    workers: room.NumWorkers = None,
+    distribute: room.Distribute = None,
+    scale_lr: room.ScaleLr = False,
+    tensorboard: room.Tensorboard = False,
 ) -> None:
     """Train a network fully with a recipe, or a campaign's best networks with the campaign's."""
     if campaign is not None:
         _hand_over(campaign, top, as_json=as_json)
         return
-    if config is None or arch is None:
-        raise ConfigError("retrain: needs --config and --arch, or --campaign DIR.")
-    from retrain import __main__ as room
-
-    _quiet_mindspore()
+    if config is None:
+        raise ConfigError("retrain: needs --config, or --campaign DIR.")
+    text = find_network(arch).text if arch is not None and ":" in arch else arch
     room.train(
-        config,
-        find_network(arch).text if ":" in arch else arch,
-        overrides,
-        data_dir,
-        out,
-        resolution,
-        seed,
-        threads,
-        resume,
-        as_json,
-    )
-
-
-def _quiet_mindspore() -> None:
-    """MindSpore's warnings about its own deprecated settings are not for the user."""
-    os.environ.setdefault("GLOG_v", "3")
+        config, text, overrides, data_dir, out, resolution, seed, threads, resume, as_json,
+        ckpt_path, workers, distribute, scale_lr, tensorboard,
+    )  # fmt: skip
 
 
 def _hand_over(folder: Path, top: int | None, *, as_json: bool) -> None:
@@ -331,21 +311,6 @@ def _hand_over(folder: Path, top: int | None, *, as_json: bool) -> None:
         _print_lines(Console(), [(key, str(value)) for key, value in winner.items()])
 
 
-def validate(
-    ckpt_path: CkptPath,
-    config: RecipeOption = None,
-    split: Annotated[str, typer.Option(help="validation or test.")] = "validation",
-    data_dir: DataDir = None,
-    threads: Threads = None,
-    as_json: Json = False,
-) -> None:
-    """Evaluate trained weights on held-out images or, once, at the end, on the test set."""
-    from retrain import __main__ as room
-
-    _quiet_mindspore()
-    room.validate(ckpt_path, config, split, data_dir, threads, as_json)
-
-
 def export(
     folder: Annotated[
         Path | None, typer.Argument(metavar="[DIR]", help="A campaign's folder.")
@@ -361,14 +326,13 @@ def export(
     format: Annotated[
         str, typer.Option("--format", help="onnx, mindir, or python: a module that stands alone.")
     ] = "onnx",
-    config: RecipeOption = None,
-    data_dir: DataDir = None,
+    config: room.RecipeOption = None,
+    data_dir: room.DataDir = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
-    threads: Threads = None,
+    threads: room.Threads = None,
     as_json: Json = False,
 ) -> None:
     """Write a trained network as ONNX, MindIR or Python, checked numerically against MindSpore."""
-    from retrain import __main__ as room
     from retrain.commands import export_suffix
 
     suffix = export_suffix(format)
@@ -380,7 +344,6 @@ def export(
         target = out or folder / "export" / f"trial_{number}{suffix}"
     else:
         raise ConfigError("export: needs a campaign's DIR or --ckpt_path, one of them.")
-    _quiet_mindspore()
     room.export(weights, target, format, config, data_dir, overwrite, threads, as_json)
 
 
