@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -193,3 +194,26 @@ def test_an_evaluator_that_knows_no_metrics_leaves_a_probe_without_an_answer(
 ) -> None:
     start(load(tmp_path / "x", PLUGIN, trials=8), tmp_path / "x" / "run")
     assert Curious.metrics == []
+
+
+@pytest.mark.skipif("MNAS_ACCEL_NASBENCH" not in os.environ, reason="no Accel-NASBench data")
+def test_accuracies_carry_over_to_another_device_and_latencies_are_its_own(tmp_path: Path) -> None:
+    first = load_campaign_config("accel_nasbench", ["stop.trials=16"])
+    start(first, tmp_path / "a100")
+    second = load_campaign_config(
+        "accel_nasbench",
+        [
+            "evaluator.device=zcu102", "objective.target_ms=5.7", "stop.trials=16",
+            f"warm_start={tmp_path / 'a100'}",
+        ],
+    )  # fmt: skip
+    start(second, tmp_path / "zcu102")
+    carried = read(tmp_path / "zcu102").trials(role="warm_start")
+    known = {t.architecture: t for t in read(tmp_path / "a100").trials()}
+    assert len(carried) == 16
+    for trial in carried:
+        before = known[trial.architecture]
+        assert trial.accuracy == before.accuracy
+        assert trial.latency_ms is not None
+        assert before.latency_ms is not None
+        assert trial.latency_ms > 10 * before.latency_ms
