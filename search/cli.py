@@ -272,24 +272,28 @@ def compare_command(
 def top_command(
     folder: Folder,
     count: Annotated[int, typer.Option("-n", "--count", min=1, help="How many.")] = 10,
-    front: Annotated[bool, typer.Option("--front", help="The Pareto front instead.")] = False,
+    front: Annotated[
+        bool,
+        typer.Option("--front", help="The Pareto front instead, in the controller's objectives."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """List the best networks of a campaign."""
     from rich.console import Console
 
-    from search.campaign import open_to_read
-    from search.pareto import pareto_front
+    from search.campaign import open_to_read, read_config
+    from search.pareto import front_objectives, pareto_front
     from search.tables import trial_summary, trial_table
 
+    objectives = front_objectives(read_config(folder))
     with closing(open_to_read(folder)) as store:
-        chosen = pareto_front(store.trials()) if front else store.best(count)
+        chosen = pareto_front(store.trials(), objectives) if front else store.best(count)
     if as_json:
         print_json({"folder": str(folder), "trials": [trial_summary(t) for t in chosen]})
     else:
         title = "Pareto front" if front else f"best {len(chosen)} networks"
         console = Console()
-        console.print(trial_table(chosen, f"{title} of {folder}"))
+        console.print(trial_table(chosen, f"{title} of {folder}", objectives if front else ()))
         _print_lines(console, [(f"trial {trial.id}", trial.architecture) for trial in chosen])
 
 

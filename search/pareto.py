@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from controller.front import ACCURACY, OBJECTIVES, non_dominated, signs_of
+from controller.pareto_evolution import ParetoConfig
+from search.config import CampaignConfig
 from search.trial import Trial
 
 
@@ -34,6 +36,12 @@ def pareto_front(trials: Iterable[Trial], objectives: Sequence[str] = OBJECTIVES
     (on_front,) = np.nonzero(non_dominated(points))
     order = on_front[np.argsort(-points[on_front, -1], kind="stable")]
     return [rows[k][0] for k in order]
+
+
+def front_objectives(config: CampaignConfig) -> Sequence[str]:
+    """Return the objectives of a campaign's front: its controller's, or accuracy and latency."""
+    controller = config.controller
+    return controller.objectives if isinstance(controller, ParetoConfig) else OBJECTIVES
 
 
 def best_networks(trials: Iterable[Trial], count: int) -> list[Trial]:

@@ -264,9 +264,24 @@ def _rewards(facts: Facts) -> str:
         below, above = _signed(objective.alpha), _signed(objective.beta)
         met = "" if below == above else f" where the target is met, {above} elsewhere"
         rule += f", w = {below}{met}"
+        if objective.absolute:
+            rule = f"accuracy {above} × |latency / target − 1|"
     return (
-        f"<p>Reward = {rule}. Ticks at the bottom are trials without a reward.</p>"
+        f"<p>Reward = {rule}. Ticks at the bottom are trials without a reward."
+        f"{_gain(facts)}</p>"
         '<div class="chart" id="rewards-chart"></div>'
+    )
+
+
+def _gain(facts: Facts) -> str:
+    """What the controller gained over the random baseline, if there is one."""
+    rewards = facts.store.rewards()
+    if not {"baseline", "search"} <= set(rewards):
+        return ""
+    (count, best, mean), (own_count, own_best, own_mean) = rewards["baseline"], rewards["search"]
+    return (
+        f" {count:,} trials were drawn at random: their highest reward is {best:.4f}, their mean"
+        f" {mean:.4f}; the controller's {own_count:,} have {own_best:.4f} and {own_mean:.4f}."
     )
 
 

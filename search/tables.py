@@ -88,20 +88,22 @@ def campaign_summary(folder: Path, store: Store, config: CampaignConfig) -> dict
     }
 
 
-def trial_table(trials: Sequence[Trial], title: str) -> Table:
-    """Return trials as a table; counts are printed in full."""
-    figures = ["trial", "reward", "accuracy", "latency ms", "parameters", "multiply-adds"]
-    table = plain_table(title, figures)
+#: Column of a table of trials -> how its figures are printed; counts in full.
+_FIGURES = {
+    "reward": ".4f", "accuracy": ".4f", "latency_ms": ".3f", "parameters": ",", "macs": ",",
+}  # fmt: skip
+_HEADS = {"latency_ms": "latency ms", "macs": "multiply-adds"}
+
+
+def trial_table(trials: Sequence[Trial], title: str, columns: Sequence[str] = ()) -> Table:
+    """Return trials as a table; `columns` are names of figures or metrics, these five if none."""
+    names = columns or list(_FIGURES)
+    table = plain_table(title, ["trial", *(_HEADS.get(name, name) for name in names)])
     for trial in trials:
         row = trial_summary(trial)
-        table.add_row(
-            str(trial.id),
-            _figure(trial.reward, ".4f"),
-            _figure(trial.accuracy, ".4f"),
-            _figure(trial.latency_ms, ".3f"),
-            _figure(row["parameters"], ","),
-            _figure(row["macs"], ","),
-        )
+        values = {**row["metrics"], **{name: row[name] for name in _FIGURES}}
+        figures = (_figure(values.get(name), _FIGURES.get(name, ".4g")) for name in names)
+        table.add_row(str(trial.id), *figures)
     return table
 
 
