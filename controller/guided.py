@@ -11,13 +11,11 @@ their deviations from the mean are scaled down, and every other draw is the mean
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
 from itertools import islice
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from controller.base import (
     Controller,
@@ -36,6 +34,7 @@ from controller.state import (
     check_results,
     check_tokens,
     identity,
+    one_blas_thread,
 )
 from controller.surrogate import Surrogate
 from controller.tables import Layout, best_first
@@ -105,7 +104,6 @@ class Guided(Controller):
         self.config = config
         self.num_choices = check_num_choices(num_choices)
         self._rng = rng
-        self._threads = ThreadpoolController()
         self._layout = Layout(self.num_choices)
         self._surrogate = Surrogate(self._layout, score, config.max_trials)
         self._seen = Seen(self.num_choices)
@@ -122,7 +120,7 @@ class Guided(Controller):
         initial = [tuple(row) for row in self._initial[first : self._next_id].tolist()]
         made = [self._seen.fresh(tokens, self._rng) for tokens in initial]
         if len(made) < n:
-            with self._one_blas_thread():
+            with one_blas_thread():
                 made.extend(self._chosen(n - len(made)))
         return [Proposal(first + k, tokens, 0.0) for k, tokens in enumerate(made)]
 
@@ -162,7 +160,7 @@ class Guided(Controller):
         if not each or self._next_id < len(self._initial) or not self._surrogate.models_metrics:
             return []
         surrogate, asked = self._surrogate, list[Tokens]()
-        with self._one_blas_thread():
+        with one_blas_thread():
             for candidates in self._draws(self._next_id, count):
                 new = (tokens for tokens in candidates if not surrogate.knows_metrics(tokens))
                 for tokens in islice(new, each):
@@ -189,7 +187,7 @@ class Guided(Controller):
         """
         if len(self._surrogate) < 2:
             return []
-        with self._one_blas_thread():
+        with one_blas_thread():
             one_hot = self._surrogate.one_hot()
             rewards = self._surrogate.value(self._surrogate.mean()(one_hot))
         best = np.argsort(-rewards, kind="stable")[:count]
@@ -229,20 +227,13 @@ class Guided(Controller):
         self._next_id = int(state["next_id"])
         self._diagnostics = dict(state["diagnostics"])
 
-    def _one_blas_thread(self) -> AbstractContextManager[object]:
-        """A matrix product's last bit depends on the number of threads, which the environment of
-        a resumed campaign may set otherwise.
-        """
-        limit: AbstractContextManager[object] = self._threads.limit(limits=1, user_api="blas")
-        return limit
-
     def _learn(self, results: Sequence[Result]) -> None:
         self._surrogate.add(results)
         self._fit()
 
     def _fit(self) -> None:
         if len(self._surrogate) >= 2:
-            with self._one_blas_thread():
+            with one_blas_thread():
                 self._surrogate.fit()
 
     def _chosen(self, n: int) -> list[Tokens]:

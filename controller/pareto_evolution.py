@@ -19,11 +19,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Literal
 
 import numpy as np
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from controller.base import (
     Controller,
@@ -53,6 +51,7 @@ from controller.state import (
     check_results,
     check_tokens,
     identity,
+    one_blas_thread,
     pack_tokens,
     unpack_tokens,
 )
@@ -139,7 +138,6 @@ class Pareto(Controller):
         self.config = config
         self.num_choices = check_num_choices(num_choices)
         self._rng = rng
-        self._threads = ThreadpoolController()
         self._layout = Layout(self.num_choices)
         self._models = Models(self._layout, config)
         self._values: dict[Tokens, list[float]] = {}  # by objective, as reported
@@ -158,7 +156,7 @@ class Pareto(Controller):
         initial = [tuple(row) for row in self._initial[first : self._next_id].tolist()]
         made = [self._seen.fresh(tokens, self._rng) for tokens in initial]
         if len(made) < n:
-            with self._one_blas_thread():
+            with one_blas_thread():
                 made.extend(self._chosen(n - len(made)))
         return [Proposal(first + k, tokens, 0.0) for k, tokens in enumerate(made)]
 
@@ -212,7 +210,7 @@ class Pareto(Controller):
         """
         if len(self._values) < 2:
             return []
-        with self._one_blas_thread():
+        with one_blas_thread():
             tokens, points = self._models.means(self._values, self._failed)
         on_front = non_dominated(points)
         front = points[on_front]
@@ -268,13 +266,6 @@ class Pareto(Controller):
         self._next_id = int(state["next_id"])
         self._diagnostics = dict(state["diagnostics"])
 
-    def _one_blas_thread(self) -> AbstractContextManager[object]:
-        """A matrix product's last bit depends on the number of threads, which the environment of
-        a resumed campaign may set otherwise.
-        """
-        limit: AbstractContextManager[object] = self._threads.limit(limits=1, user_api="blas")
-        return limit
-
     def _learn(self, results: Sequence[Result]) -> None:
         for result in results:
             tokens = result.proposal.tokens
@@ -290,7 +281,7 @@ class Pareto(Controller):
                 self._values[tokens] = known
                 self._failed.pop(tokens, None)
         if len(self._values) >= 2:
-            with self._one_blas_thread():
+            with one_blas_thread():
                 self._models.fit(self._values, self._failed)
 
     def _points(self) -> Array:

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from controller.base import (
     Controller,
@@ -34,7 +32,13 @@ from controller.base import (
 )
 from controller.policy import Adam, Evaluation, Floats, LSTMPolicy, PolicyConfig
 from controller.reward_scale import RewardScale
-from controller.state import check_identity, check_num_choices, check_results, identity
+from controller.state import (
+    check_identity,
+    check_num_choices,
+    check_results,
+    identity,
+    one_blas_thread,
+)
 from space.records import record
 
 #: The policy's numbers. Half the memory traffic of float64, which is most of an update's time.
@@ -187,7 +191,6 @@ class PPO(Controller):
         self.num_choices = check_num_choices(num_choices)
         self.policy = LSTMPolicy(config.policy, self.num_choices, rng, dtype=DTYPE)
         self._rng = rng
-        self._threads = ThreadpoolController()
         self._last: Evaluation | None = None  # the latest, for its memory
         self._last_holds = False  # whether it is of the present parameters
         self._adam = Adam(self.policy.parameters)
@@ -202,7 +205,7 @@ class PPO(Controller):
         """Draw `n` proposals from the policy as it is; networks may repeat."""
         if n < 1:
             raise ValueError(f"n must be >= 1, but got {n!r}")
-        with self._one_blas_thread():
+        with one_blas_thread():
             drawn = self.policy.sample(n, self._rng, reuse=self._last)
         self._last, self._last_holds = drawn, True
         rows = zip(drawn.tokens.tolist(), drawn.log_prob.tolist(), strict=True)
@@ -223,7 +226,7 @@ class PPO(Controller):
         check_results(results, self.num_choices, self._next_id)
         fresh = self._take_fresh(results)
         if fresh:
-            with self._one_blas_thread():
+            with one_blas_thread():
                 self._learn(fresh)
             self._updates += 1
             self._learned += len(fresh)
@@ -284,13 +287,6 @@ class PPO(Controller):
         self._diagnostics = dict(state["diagnostics"])
 
     # ------------------------------------------------------------------ learning
-
-    def _one_blas_thread(self) -> AbstractContextManager[object]:
-        """A matrix product's last bit depends on the number of threads, which the environment of
-        a resumed campaign may set otherwise; these products are too small to gain from threads.
-        """
-        limit: AbstractContextManager[object] = self._threads.limit(limits=1, user_api="blas")
-        return limit
 
     def _take_fresh(self, results: Sequence[Result]) -> list[Result]:
         """The results that are neither too old nor a second one; they are open no longer."""

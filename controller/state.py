@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 
 from controller.base import Result
 from space.tokens import Tokens
@@ -89,3 +92,19 @@ def pack_tokens(
 def unpack_tokens(rows: NDArray[Any]) -> list[Tokens]:
     """Return the token vectors that `pack_tokens` made rows of, in order."""
     return [tuple(row) for row in rows.tolist()]
+
+
+def one_blas_thread() -> AbstractContextManager[object]:
+    """Return a context in which BLAS computes with one thread.
+
+    A matrix product's last bit depends on the number of threads, which the environment of a
+    resumed campaign may set otherwise; a controller's products are too small to gain from them.
+    """
+    limit: AbstractContextManager[object] = _blas().limit(limits=1, user_api="blas")
+    return limit
+
+
+@lru_cache(maxsize=1)
+def _blas() -> ThreadpoolController:
+    """The process's BLAS libraries, which take a moment to find."""
+    return ThreadpoolController()
