@@ -26,7 +26,6 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import block_diag, cho_solve, cholesky  # type: ignore[import-untyped]
 from scipy.linalg.lapack import dpotri  # type: ignore[import-untyped]
-from scipy.optimize import minimize  # type: ignore[import-untyped]
 from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
 
 from controller.tables import Array, Layout, Tables
@@ -75,6 +74,9 @@ class PairwiseProcess:
 
     def fit(self, one_hot: Array, values: Array, iterations: int) -> None:
         """Improve `theta` by so many steps of L-BFGS; the same start gives the same end."""
+        # A third of a second, which every command that reads a campaign's settings would pay.
+        from scipy.optimize import minimize  # type: ignore[import-untyped]
+
         _, _, y = _standardized(values)
         found = minimize(
             self.loss,

@@ -66,6 +66,7 @@ def call(*arguments: str) -> None:
     make_app(find_architecture)(arguments, standalone_mode=False)
 
 
+@pytest.mark.slow
 def test_a_table_of_this_host_survives_kill_9_and_predicts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -41,6 +41,7 @@ def test_published_networks_are_written_alike_by_both_writers(name: str) -> None
     assert all(isinstance(d, float) and d <= TOLERANCE for d in found.values()), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("space", SPACES)
 def test_two_members_of_a_space_are_written_alike_by_both_writers(space: str) -> None:
     """One with each padding, at 32 pixels."""

@@ -273,6 +273,7 @@ def run(*arguments: str, status: int = 0, cwd: Path | None = None) -> str:
     return done.stdout if status == 0 else done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_validates_and_exports(tmp_path: Path, recipe: str) -> None:
     out = tmp_path / "out"
     printed = run(
@@ -399,6 +400,7 @@ def test_with_rmsprop_a_killed_training_ends_near_the_unbroken_one(
     assert report.losses[-1] == pytest.approx(whole["losses"][-1], rel=0.15)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_a_training_in_order_with_a_word_how_to_go_on(
     tmp_path: Path, recipe: str, number: signal.Signals
