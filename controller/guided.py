@@ -18,28 +18,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from controller.base import (
-    Controller,
     MetricsOf,
-    Proposal,
     Result,
     Score,
     State,
-    rng_state,
-    set_rng_state,
 )
-from controller.seen import Seen
+from controller.model_based import ModelBased, balanced_tokens
 from controller.state import (
-    check_identity,
-    check_num_choices,
     check_results,
     check_tokens,
-    identity,
     one_blas_thread,
 )
 from controller.surrogate import Surrogate
 from controller.tables import Layout, best_first
 from space.records import record
-from space.tokens import Tokens, uniform_tokens
+from space.tokens import Tokens
 
 
 @record
@@ -79,7 +72,7 @@ class GuidedConfig:
             )
 
 
-class Guided(Controller):
+class Guided(ModelBased):
     """Proposes the best tokens of functions drawn from models of all results.
 
     With a `score`, the accuracy and the metrics on which it depends are modelled; otherwise the
@@ -87,9 +80,13 @@ class Guided(Controller):
     networks complete; their tokens are not proposed again. A reused result is data only if its
     tokens are new to the models. Observed trials are data like its own.
 
-    No tokens are proposed twice before the whole space was: the engine would not evaluate them
-    again. That is why noise is dealt with by `recommend` and not by repetitions.
+    No tokens are proposed twice: noise is dealt with by `recommend` and not by repetitions.
+
+    Diagnostics: completed and failed (trials that the models hold), and mean_reward (of the
+    update), if there were rewards.
     """
+
+    name = "guided"
 
     def __init__(
         self,
@@ -101,28 +98,10 @@ class Guided(Controller):
         metrics_of: MetricsOf | None = None,
     ) -> None:
         """Take over `rng`, which draws the initial tokens; `metrics_of` is not used."""
+        super().__init__(num_choices, config.initial, rng)
         self.config = config
-        self.num_choices = check_num_choices(num_choices)
-        self._rng = rng
         self._layout = Layout(self.num_choices)
         self._surrogate = Surrogate(self._layout, score, config.max_trials)
-        self._seen = Seen(self.num_choices)
-        self._initial = balanced_tokens(self.num_choices, config.initial, rng)
-        self._next_id = 0
-        self._diagnostics: dict[str, float] = {}
-
-    def propose(self, n: int) -> list[Proposal]:
-        """Return initial tokens, then the best of draws; log_prob is 0, there is no policy."""
-        if n < 1:
-            raise ValueError(f"n must be >= 1, but got {n!r}")
-        first = self._next_id
-        self._next_id += n
-        initial = [tuple(row) for row in self._initial[first : self._next_id].tolist()]
-        made = [self._seen.fresh(tokens, self._rng) for tokens in initial]
-        if len(made) < n:
-            with one_blas_thread():
-                made.extend(self._chosen(n - len(made)))
-        return [Proposal(first + k, tokens, 0.0) for k, tokens in enumerate(made)]
 
     def update(self, results: Sequence[Result]) -> None:
         """Add results to the models' data; the class says what becomes of each outcome.
@@ -139,17 +118,6 @@ class Guided(Controller):
         rewards = [result.reward for result in results if result.reward is not None]
         if rewards:
             self._diagnostics["mean_reward"] = float(np.mean(rewards))
-
-    def observe(self, results: Sequence[Result]) -> None:
-        """Add trials that it did not propose to the models' data.
-
-        Raises:
-            ValueError: Tokens do not fit the space.
-        """
-        for result in results:
-            check_tokens(result.proposal.tokens, self.num_choices)
-        self._seen.add(result.proposal.tokens for result in results)
-        self._learn(results)
 
     def probe(self, count: int) -> list[Tokens]:
         """Return the best tokens of `count` draws whose metrics it did not ask for before.
@@ -185,7 +153,7 @@ class Guided(Controller):
         Where accuracies are noisy, the best observed reward is a lucky one. None before there are
         two completed trials.
         """
-        if len(self._surrogate) < 2:
+        if not self._has_learned():
             return []
         with one_blas_thread():
             one_hot = self._surrogate.one_hot()
@@ -193,54 +161,26 @@ class Guided(Controller):
         best = np.argsort(-rewards, kind="stable")[:count]
         return [self._surrogate.tokens[k] for k in best]
 
-    def diagnostics(self) -> dict[str, float]:
-        """Return figures after the last update.
+    def _has_learned(self) -> bool:
+        return len(self._surrogate) >= 2
 
-        Keys: completed and failed (trials that the models hold), and mean_reward (of the update),
-        if there were rewards.
-        """
-        return dict(self._diagnostics)
+    def _model_state(self) -> State:
+        return {"surrogate": self._surrogate.state()}
 
-    def state_dict(self) -> State:
-        """Return all data, the models' scales, the initial tokens, counters and the RNG."""
-        return {
-            **identity("guided", self.num_choices),
-            "initial": self._initial.copy(),
-            "surrogate": self._surrogate.state(),
-            "seen": self._seen.to_array(),
-            "next_id": self._next_id,
-            "diagnostics": dict(self._diagnostics),
-            "rng": rng_state(self._rng),
-        }
-
-    def load_state_dict(self, state: State) -> None:
-        """Continue from a state of guided search in the same space.
-
-        Raises:
-            ValueError: The state is another controller's or another space's.
-        """
-        check_identity(state, "guided", self.num_choices)
-        set_rng_state(self._rng, state["rng"])
-        self._initial = np.array(state["initial"])
+    def _load_model_state(self, state: State) -> None:
         self._surrogate.load_state(state["surrogate"])
-        self._seen.load_array(state["seen"])
-        self._next_id = int(state["next_id"])
-        self._diagnostics = dict(state["diagnostics"])
 
     def _learn(self, results: Sequence[Result]) -> None:
         self._surrogate.add(results)
         self._fit()
 
     def _fit(self) -> None:
-        if len(self._surrogate) >= 2:
+        if self._has_learned():
             with one_blas_thread():
                 self._surrogate.fit()
 
-    def _chosen(self, n: int) -> list[Tokens]:
-        """The best new tokens of `n` draws; random ones where there is nothing to learn from."""
-        if len(self._surrogate) < 2 or self._seen.is_whole_space:
-            made = [uniform_tokens(self.num_choices, self._rng) for _ in range(n)]
-            return [self._seen.fresh(tokens, self._rng) for tokens in made]
+    def _choose(self, n: int) -> list[Tokens]:
+        """The best new tokens of `n` draws."""
         chosen: list[Tokens] = []
         for candidates in self._draws(self._next_id - n, n):
             best = next(candidates)
@@ -268,15 +208,3 @@ class Guided(Controller):
         even = np.arange(first, first + n) % 2 == 0
         scales: NDArray[np.float64] = self.config.exploration * even
         return scales
-
-
-def balanced_tokens(
-    num_choices: Sequence[int], count: int, rng: np.random.Generator
-) -> NDArray[np.int64]:
-    """Return random tokens (count, decisions) with each choice of a decision equally often.
-
-    Choices whose number does not divide `count` differ by one (a Latin hypercube of choices).
-    """
-    columns = [rng.permutation((np.arange(count) + rng.integers(n)) % n) for n in num_choices]
-    rows: NDArray[np.int64] = np.stack(columns, axis=1)
-    return rows

@@ -24,14 +24,10 @@ from typing import Literal
 import numpy as np
 
 from controller.base import (
-    Controller,
     MetricsOf,
-    Proposal,
     Result,
     Score,
     State,
-    rng_state,
-    set_rng_state,
 )
 from controller.front import (
     ACCURACY,
@@ -43,14 +39,9 @@ from controller.front import (
     spread_out,
 )
 from controller.gaussian_process import PairwiseProcess
-from controller.guided import balanced_tokens
-from controller.seen import Seen
+from controller.model_based import ModelBased
 from controller.state import (
-    check_identity,
-    check_num_choices,
     check_results,
-    check_tokens,
-    identity,
     one_blas_thread,
     pack_tokens,
     unpack_tokens,
@@ -58,7 +49,7 @@ from controller.state import (
 from controller.tables import Array, Layout, Tables, Value, best_first, stack
 from space.errors import ConfigError
 from space.records import record
-from space.tokens import Tokens, uniform_tokens
+from space.tokens import Tokens
 
 #: So many proposals of a batch share one draw of functions, each with a direction of its own.
 PROPOSALS_PER_DRAW = 4
@@ -111,7 +102,7 @@ class ParetoConfig:
             raise ValueError(f"max_trials must be in [100, 10000], but got {self.max_trials!r}")
 
 
-class Pareto(Controller):
+class Pareto(ModelBased):
     """Proposes tokens that enlarge the front, in random directions; see the module.
 
     Rewards are not used. Outcomes without a reward (stopped, rejected, failed) are never on the
@@ -120,10 +111,16 @@ class Pareto(Controller):
     that is an error, for the objective's name must be wrong. A reused result counts if its tokens
     are new. Observed trials are data like its own.
 
-    No tokens are proposed twice before the whole space was: the engine would not evaluate them
-    again. So where accuracies are noisy, the observed `front` is optimistic: it prefers the lucky.
-    `recommend` goes by the models' means, in which every result has a say.
+    No tokens are proposed twice. So where accuracies are noisy, the observed `front` is
+    optimistic: it prefers the lucky. `recommend` goes by the models' means, in which every result
+    has a say.
+
+    Diagnostics: complete (results with all objectives), failed, and once there are complete ones:
+    front (its size), and with two or three objectives hypervolume (the part of the box between
+    the worst and the best values of all results that the front dominates).
     """
+
+    name = "pareto"
 
     def __init__(
         self,
@@ -135,30 +132,12 @@ class Pareto(Controller):
         metrics_of: MetricsOf | None = None,
     ) -> None:
         """Take over `rng`, which draws the initial tokens; the callables are not used."""
+        super().__init__(num_choices, config.initial, rng)
         self.config = config
-        self.num_choices = check_num_choices(num_choices)
-        self._rng = rng
         self._layout = Layout(self.num_choices)
         self._models = Models(self._layout, config)
         self._values: dict[Tokens, list[float]] = {}  # by objective, as reported
         self._failed: dict[Tokens, None] = {}
-        self._seen = Seen(self.num_choices)
-        self._initial = balanced_tokens(self.num_choices, config.initial, rng)
-        self._next_id = 0
-        self._diagnostics: dict[str, float] = {}
-
-    def propose(self, n: int) -> list[Proposal]:
-        """Return initial tokens, then the best of draws; log_prob is 0, there is no policy."""
-        if n < 1:
-            raise ValueError(f"n must be >= 1, but got {n!r}")
-        first = self._next_id
-        self._next_id += n
-        initial = [tuple(row) for row in self._initial[first : self._next_id].tolist()]
-        made = [self._seen.fresh(tokens, self._rng) for tokens in initial]
-        if len(made) < n:
-            with one_blas_thread():
-                made.extend(self._chosen(n - len(made)))
-        return [Proposal(first + k, tokens, 0.0) for k, tokens in enumerate(made)]
 
     def update(self, results: Sequence[Result]) -> None:
         """Add results to the data; the class says what becomes of each outcome.
@@ -177,17 +156,6 @@ class Pareto(Controller):
                 f" but their metrics are {', '.join(given) or 'none'}; name some of these."
             )
         self._diagnostics = self._figures()
-
-    def observe(self, results: Sequence[Result]) -> None:
-        """Add trials that it did not propose to the data.
-
-        Raises:
-            ValueError: Tokens do not fit the space.
-        """
-        for result in results:
-            check_tokens(result.proposal.tokens, self.num_choices)
-        self._seen.add(result.proposal.tokens for result in results)
-        self._learn(results)
 
     def front(self) -> list[tuple[Tokens, dict[str, float]]]:
         """Return the evaluated tokens that no others dominate, and their values by objective.
@@ -208,7 +176,7 @@ class Pareto(Controller):
         Each is the one that adds most hypervolume to those before it. None before there are two
         complete results.
         """
-        if len(self._values) < 2:
+        if not self._has_learned():
             return []
         with one_blas_thread():
             tokens, points = self._models.means(self._values, self._failed)
@@ -218,53 +186,29 @@ class Pareto(Controller):
         members = np.flatnonzero(on_front)
         return [tokens[members[k]] for k in chosen]
 
-    def diagnostics(self) -> dict[str, float]:
-        """Return figures after the last update.
+    def _has_learned(self) -> bool:
+        return len(self._values) >= 2
 
-        Keys: complete (results with all objectives), failed, and once there are complete ones:
-        front (its size), and with two or three objectives hypervolume (the part of the box between
-        the worst and the best values of all results that the front dominates).
-        """
-        return dict(self._diagnostics)
-
-    def state_dict(self) -> State:
-        """Return all data, the models' scales, the initial tokens, counters and the RNG."""
+    def _model_state(self) -> State:
         shape = (len(self._values), len(self.config.objectives))
         return {
-            **identity("pareto", self.num_choices),
             "objectives": list(self.config.objectives),
-            "initial": self._initial.copy(),
             "tokens": pack_tokens(self._values, self.num_choices),
             "values": np.array(list(self._values.values()), dtype=np.float64).reshape(shape),
             "failed": pack_tokens(self._failed, self.num_choices),
             "models": self._models.state(),
-            "seen": self._seen.to_array(),
-            "next_id": self._next_id,
-            "diagnostics": dict(self._diagnostics),
-            "rng": rng_state(self._rng),
         }
 
-    def load_state_dict(self, state: State) -> None:
-        """Continue from a state of Pareto search in the same space with the same objectives.
-
-        Raises:
-            ValueError: The state is another controller's, another space's or of other objectives.
-        """
-        check_identity(state, "pareto", self.num_choices)
+    def _load_model_state(self, state: State) -> None:
         if tuple(state["objectives"]) != self.config.objectives:
             raise ValueError(
                 f"state must be of the objectives {list(self.config.objectives)}, but it is of"
                 f" {state['objectives']}"
             )
-        set_rng_state(self._rng, state["rng"])
-        self._initial = np.array(state["initial"])
         rows = unpack_tokens(state["tokens"])
         self._values = dict(zip(rows, state["values"].tolist(), strict=True))
         self._failed = dict.fromkeys(unpack_tokens(state["failed"]))
         self._models.load_state(state["models"])
-        self._seen.load_array(state["seen"])
-        self._next_id = int(state["next_id"])
-        self._diagnostics = dict(state["diagnostics"])
 
     def _learn(self, results: Sequence[Result]) -> None:
         for result in results:
@@ -280,7 +224,7 @@ class Pareto(Controller):
             if len(known) == len(values):
                 self._values[tokens] = known
                 self._failed.pop(tokens, None)
-        if len(self._values) >= 2:
+        if self._has_learned():
             with one_blas_thread():
                 self._models.fit(self._values, self._failed)
 
@@ -288,11 +232,8 @@ class Pareto(Controller):
         """The complete results as points of `controller.front`."""
         return oriented(self._values, self.config.objectives)
 
-    def _chosen(self, n: int) -> list[Tokens]:
-        """The best new tokens of `n` directions; random ones where there is nothing to learn."""
-        if len(self._values) < 2 or self._seen.is_whole_space:
-            made = [uniform_tokens(self.num_choices, self._rng) for _ in range(n)]
-            return [self._seen.fresh(tokens, self._rng) for tokens in made]
+    def _choose(self, n: int) -> list[Tokens]:
+        """The best new tokens of `n` directions."""
         points = self._points()
         on_front = non_dominated(points)
         rows = np.array(list(self._values))[on_front]

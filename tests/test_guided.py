@@ -12,7 +12,8 @@ from toy_spaces import best_reward, completed, toy_space
 from controller.base import Proposal, Result, state_from_bytes, state_to_bytes
 from controller.contract import check_controller
 from controller.gaussian_process import CONSTANT, PairwiseProcess
-from controller.guided import Guided, GuidedConfig, balanced_tokens
+from controller.guided import Guided, GuidedConfig
+from controller.model_based import balanced_tokens
 from controller.surrogate import Surrogate
 from controller.tables import Layout, Tables, best_first
 from space.errors import ConfigError
