@@ -39,6 +39,8 @@ KILL_GRACE_S = 15.0
 START_LIMIT_S = 180.0
 #: So many workers in a row that die before they are ready end the campaign.
 MAX_FAILED_STARTS = 3
+#: Ray has so long to find a place for the workers at the start.
+PLACE_LIMIT_S = 60.0
 #: How often the cluster is asked which nodes it has.
 FOLLOW_S = 5.0
 #: A cluster that has had no place for any worker for so long ends the search.
@@ -194,14 +196,23 @@ class RayExecutor(Executor):
                 " threads."
             )
         groups = [self._group() for _ in range(wanted)]
-        for group in groups:
-            if not group.wait(timeout_seconds=60):
+        # A node that has just died is still counted for a while, and an earlier driver's workers
+        # may not be gone yet: where the number is Ray's choice, one worker is enough to begin.
+        enough = wanted if self._config.workers else 1
+        deadline = time.monotonic() + PLACE_LIMIT_S
+        while sum(self._is_placed(group) for group in groups) < enough:
+            if time.monotonic() > deadline:
                 self._ray.shutdown()
                 raise ConfigError(
-                    f"executor.workers: Ray did not give {wanted} workers their CPUs within 60 s;"
-                    " another job may hold them."
+                    f"executor.workers: Ray did not give {wanted} workers their CPUs within"
+                    f" {PLACE_LIMIT_S:.0f} s; another job may hold them."
                 )
+            time.sleep(0.1)
         return [_Slot(group, placed=False) for group in groups]
+
+    def _is_placed(self, group: Any) -> bool:
+        state: str = self._ray.util.placement_group_table(group)["state"]
+        return state == "CREATED"
 
     def _group(self) -> Any:
         bundle = {"CPU": self._config.threads}
@@ -247,9 +258,8 @@ class RayExecutor(Executor):
             room = sum(self._room(node) for node in alive)
             for _ in range(room - len(self._slots)):
                 self._slots.append(_Slot(self._group(), placed=False))
-        states = self._ray.util.placement_group_table()
         for slot in self._slots:
-            self._place(slot, states[slot.group.id.hex()]["state"] == "CREATED")
+            self._place(slot, self._is_placed(slot.group))
 
     def _place(self, slot: _Slot, placed: bool) -> None:
         """Note whether a slot has a node; a job whose node is gone ends by Ray's error."""

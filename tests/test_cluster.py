@@ -148,7 +148,11 @@ class Monkey:
         process = start_mnas(*arguments)
         try:
             for number, event in enumerate(events, 1):
-                wait_for_results(self._folder, results_between * number, timeout_s=240)
+                try:
+                    wait_for_results(self._folder, results_between * number, timeout_s=120)
+                except TimeoutError:
+                    os.killpg(process.pid, signal.SIGABRT)
+                    pytest.fail(f"no progress: {process.communicate(timeout=10)[0][-2000:]}")
                 if event == "driver":
                     os.killpg(process.pid, signal.SIGKILL)
                     process.communicate(timeout=10)
