@@ -376,19 +376,21 @@ class Search:
         waiting = [t for t in self.store.trials(role="warm_start") if t.outcome is None]
         self.watcher.phase("warm start", len(waiting))
         # Ids of such trials count down: the earliest has the highest.
-        for trial in reversed(waiting):
-            self.store.finish_trial(replace(self._on_this_device(trial), finished_at=time.time()))
+        for trial in self._on_this_device(waiting[::-1]):
+            self.store.finish_trial(replace(trial, finished_at=time.time()))
             self.watcher.advance()
         known = [t for t in self.store.trials(role="warm_start") if not is_infrastructure(t)]
         controller.observe([result_of(trial) for trial in reversed(known)])
 
-    def _on_this_device(self, trial: Trial) -> Trial:
-        """An earlier campaign's trial with the latency and the reward that it has here."""
-        assert trial.accuracy is not None  # only completed ones are carried over
-        (measured,) = self._measured([self._sized(trial)])
-        if measured.outcome is not None:
-            return measured
-        return self._rewarded(measured, trial.accuracy, measured.metrics or {})
+    def _on_this_device(self, trials: Sequence[Trial]) -> Iterator[Trial]:
+        """An earlier campaign's trials with the latencies and the rewards that they have here."""
+        sized = [self._sized(trial) for trial in trials]
+        yield from (trial for trial in sized if trial.outcome is not None)
+        for trial in self._measured([trial for trial in sized if trial.outcome is None]):
+            if trial.outcome is None:
+                assert trial.accuracy is not None  # only completed ones are carried over
+                trial = self._rewarded(trial, trial.accuracy, trial.metrics or {})
+            yield trial
 
     def _open_batch(self) -> list[Trial]:
         """The last batch, if the controller has not learned from it yet."""

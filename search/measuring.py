@@ -166,5 +166,8 @@ class Latencies:
                     f"objective.target: the reference network cannot be measured on {name}:"
                     f" {outcome}"
                 )
-            targets[name] = times * outcome[1].median_ms
+            measurement_id, measurement = outcome
+            targets[name] = times * measurement.median_ms
+            if len(targets) == 1:
+                self._store.set_meta("target_measurement", measurement_id)
         return targets

@@ -243,11 +243,11 @@ def test_a_resolved_configuration_names_the_data_by_path_and_checksum(
     with tarfile.open(archive) as opened:
         opened.extractall(tmp_path, filter="data")
     folder = resolve(AccelNasBenchConfig("accel_nasbench", data=str(tmp_path)))
+    names = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("json/result_*.json"))
     sums = subprocess.run(
-        "LC_ALL=C; sha256sum json/result_*.json | sha256sum",
-        shell=True, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True,
-    )  # fmt: skip
-    assert folder.sha256 == sums.stdout.split()[0]
+        ["sha256sum", *names], cwd=tmp_path, capture_output=True, timeout=60, check=True
+    )
+    assert folder.sha256 == hashlib.sha256(sums.stdout).hexdigest()
 
 
 def test_other_data_than_the_campaigns_are_refused(archive: Path) -> None:

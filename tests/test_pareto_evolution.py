@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 from collections.abc import Sequence
 from contextlib import closing
@@ -356,3 +357,20 @@ def test_the_configuration_is_read_as_yaml_gives_it() -> None:
 def test_a_setting_that_is_wrong_is_refused_by_name(values: dict[str, object], rule: str) -> None:
     with pytest.raises(ConfigError, match=rule):
         build(ParetoConfig, values, where="test")
+
+
+def test_top_shows_the_front_in_the_controllers_objectives(tmp_path: Path) -> None:
+    config = write_synthetic(tmp_path, trials=40)
+    controller = "controller={name: pareto, objectives: [accuracy, parameters]}"
+    folder = tmp_path / "run"
+    assert mnas("search", str(config), controller, "--out", str(folder)).returncode == 0
+    shown = json.loads(mnas("top", str(folder), "--front", "--json").stdout)["trials"]
+    assert len(shown) > 1
+    for trial in shown:
+        others = [t for t in shown if t["trial"] != trial["trial"]]
+        assert not any(
+            t["accuracy"] >= trial["accuracy"] and t["parameters"] <= trial["parameters"]
+            for t in others
+        )
+    sizes = [trial["parameters"] for trial in shown]
+    assert sizes == sorted(sizes)

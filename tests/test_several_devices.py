@@ -59,6 +59,8 @@ def test_a_reference_network_gives_each_device_its_target(tmp_path: Path) -> Non
     store = Store(tmp_path / "run" / "campaign.db", read_only=True)
     targets = store.meta("targets")
     assert list(targets) == ["one", "two"]
+    # What the report shows of the target's origin.
+    assert store.measurement(store.meta("target_measurement")).median_ms == targets["one"] * 2
     assert trial.latency_ms == pytest.approx(targets["one"] * max(both_ratios(trial, targets)))
 
 
