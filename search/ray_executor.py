@@ -420,8 +420,8 @@ class RayExecutor(Executor):
         return [self._end(running, Failure(reason, "infrastructure", str(error)[-4000:]))]
 
     def _replace(self, slot: _Slot) -> None:
-        assert slot.process is not None  # only called for a slot whose job just ended
-        self._ray.kill(slot.process.actor)
+        if slot.process is not None:  # it went with its node otherwise
+            self._ray.kill(slot.process.actor)
         slot.process = slot.successor or (self._start(slot) if slot.placed else None)
         slot.successor = None
 
