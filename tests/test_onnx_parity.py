@@ -33,6 +33,7 @@ def test_every_shipped_space_is_compared() -> None:
     assert set(SPACES) == {path.stem for path in (ROOT / "configs" / "space").glob("*.yaml")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mnasnet-a1", "mnasnet-b1", "mnasnet-small"])
 def test_published_networks_are_written_alike_by_both_writers(name: str) -> None:
     architecture = adapt(published(name), resolution=64)
