@@ -341,7 +341,7 @@ class RayExecutor(Executor):
                 raise cause from None
             return str(cause)
         except self._ray.exceptions.RayError as error:
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            return f"{type(error).__name__}: {_gist(error)}"
         return None
 
     def _dispatch(self) -> None:
@@ -406,17 +406,17 @@ class RayExecutor(Executor):
 
         A job may kill its worker; that a node went away is not its fault.
         """
-        first_line = (str(error).strip().splitlines() or [""])[0]
+        gist = _gist(error)
         running.waiting.nodes_lost += node_lost
         if running.waiting.attempts - running.waiting.nodes_lost <= self._config.retries:
             logger.warning(
                 "trial %d: its worker died (%s); it is tried again on another one",
                 running.waiting.job.trial_id,
-                first_line,
+                gist,
             )
             self._queue.appendleft(running.waiting)
             return []
-        reason = f"its worker died {running.waiting.attempts} times: {first_line}"
+        reason = f"its worker died {running.waiting.attempts} times: {gist}"
         return [self._end(running, Failure(reason, "infrastructure", str(error)[-4000:]))]
 
     def _replace(self, slot: _Slot) -> None:
@@ -428,6 +428,14 @@ class RayExecutor(Executor):
     def _end(self, running: _Running, outcome: Evaluation | Failure) -> Finished:
         waiting = running.waiting
         return ended(waiting.job, outcome, waiting.attempts, running.started, waiting.submitted)
+
+
+def _gist(error: Exception) -> str:
+    """One line of an error of Ray's: the exception that ended the worker, where it tells of one."""
+    lines = str(error).strip().splitlines() or [""]
+    # After the worker's traceback, its exception is the last line; a dead process has none.
+    traced = any(line.lstrip().startswith("File ") for line in lines)
+    return lines[-1 if traced else 0].strip()
 
 
 def _connect(config: RayConfig) -> Any:
