@@ -431,7 +431,7 @@ class RayExecutor(Executor):
 
 
 def _gist(error: Exception) -> str:
-    """One line of an error of Ray's: the exception that ended the worker, where it tells of one."""
+    """One line of an error of Ray's: the exception that ended the worker, if it tells."""
     lines = str(error).strip().splitlines() or [""]
     # After the worker's traceback, its exception is the last line; a dead process has none.
     traced = any(line.lstrip().startswith("File ") for line in lines)

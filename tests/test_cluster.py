@@ -39,9 +39,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         "health_check_period_ms": 1000,
         "health_check_failure_threshold": 3,
     }
-    made = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": health}
-    )
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "_system_config": health})
     yield made
     made.shutdown()
 
