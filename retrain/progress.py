@@ -25,7 +25,7 @@ class TrainProgress:
         loss: Of the last step looked at.
         learning_rate: Of the last step.
         images_per_s: Of all workers, since the compilation.
-        seconds_left: Estimated, without evaluations.
+        seconds_left: Estimated, without evaluations; 0 before a step was timed.
         accuracy: On the validation images, at an epoch's end.
     """
 
@@ -89,7 +89,7 @@ def _line(progress: TrainProgress, accuracy: float | None) -> str:
         parts.append(f"validation accuracy {accuracy:.4f}")
     if progress.images_per_s > 0:
         parts.append(f"{progress.images_per_s:,.0f} images/s")
-    parts.append(f"{_duration(progress.seconds_left)} left")
+        parts.append(f"{_duration(progress.seconds_left)} left")
     return "  ".join(parts)
 
 

@@ -247,10 +247,10 @@ def test_a_graph_that_differs_is_never_written(
     right = export.onnx_logits
 
     def wrong(*arguments: object, **names: object) -> np.ndarray:
-        return right(*arguments, **names) + np.float32(2e-4)  # type: ignore[arg-type]
+        return right(*arguments, **names) + np.float32(0.1)  # type: ignore[arg-type]
 
     monkeypatch.setattr(export, "onnx_logits", wrong)
-    with pytest.raises(MnasError, match=r"must be within 0\.0001.*nothing was written"):
+    with pytest.raises(MnasError, match=r"must be within .* of MindSpore's.*nothing was written"):
         export_command(folder / "model.safetensors", tmp_path / "m.onnx", threads=1)
     assert list(tmp_path.iterdir()) == []
 
