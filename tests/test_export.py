@@ -357,7 +357,7 @@ def test_an_export_that_computes_something_else_is_never_written(
 
     monkeypatch.setitem(export._WRITERS, format, wrong)
     suffix = {"onnx": ".onnx", "mindir": ".mindir", "python": ".py"}[format]
-    with pytest.raises(MnasError, match=r"must be within 0\.0001.*nothing was written"):
+    with pytest.raises(MnasError, match=r"must be within .* of MindSpore's.*nothing was written"):
         export_command(digits, tmp_path / f"m{suffix}", format=format, threads=1)
     assert list(tmp_path.iterdir()) == []
 
