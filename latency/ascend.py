@@ -31,7 +31,7 @@ from latency.lock import device_lock, host_lock
 from latency.measurement import Measurement
 from latency.reports import run_module
 from latency.runs import input_shape, to_measurement
-from latency.timing import NOISY_SPREAD, PROTOCOLS, Timing, interquartile_range, time_runs
+from latency.timing import PROTOCOLS, Timing, time_runs
 from space.architecture import PAPER_STYLE, Architecture, NetworkStyle, parse_architecture
 from space.errors import MeasurementError
 from space.records import build, to_plain
@@ -124,9 +124,9 @@ def _report(architecture: Architecture, style: NetworkStyle, settings: Any) -> d
     attempts: list[Timing] = []
     while len(attempts) < settings["attempts"]:
         attempts.append(time_runs(run, PROTOCOLS[settings["effort"]]))
-        if attempts[-1].settled and _spread(attempts[-1]) <= NOISY_SPREAD:
+        if attempts[-1].settled and not attempts[-1].is_noisy:
             break
-    best = min(attempts, key=lambda timing: (not timing.settled, _spread(timing)))
+    best = min(attempts, key=lambda timing: (not timing.settled, timing.spread))
     return {
         "timing": dataclasses.asdict(best),
         "attempts": len(attempts),
@@ -136,13 +136,9 @@ def _report(architecture: Architecture, style: NetworkStyle, settings: Any) -> d
             **conditions,
             "settled": best.settled,
             "ending": best.ending,
-            "spreads": [_spread(timing) for timing in attempts],
+            "spreads": [timing.spread for timing in attempts],
         },
     }
-
-
-def _spread(timing: Timing) -> float:
-    return interquartile_range(timing.samples_ms) / float(np.median(timing.samples_ms))
 
 
 def _runtime(settings: Any) -> dict[str, str]:

@@ -137,7 +137,8 @@ def _measurement_lines(measurement: Measurement) -> list[tuple[str, str]]:
         ("p90", f"{measurement.percentile_ms(90):.4g} ms"),
         (
             "samples",
-            f"{len(measurement.samples_ms)} of {measurement.inner_iterations} inferences,"
+            f"{len(measurement.samples_ms)} of {measurement.inner_iterations} inferences"
+            f" ({len(measurement.disturbed)} disturbed, not counted),"
             f" after {measurement.warmup_runs} to warm up",
         ),
         ("verdict", measurement.verdict),

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from latency.timing import NOISY_SPREAD, interquartile_range, median_interval
+from latency.timing import interquartile_range, is_noisy, median_interval, undisturbed
 from space.records import record, to_plain
 
 Verdict = Literal["ok", "noisy", "drifted"]
@@ -29,6 +29,8 @@ class Measurement:
         environment: Load, frequency, governor, temperature, versions, where readable.
         metrics: Other figures of the same run, e.g. `model_mb`, `peak_memory_mb`.
         drifted: Whether the device's drift guard found it changed around these samples.
+        disturbed: Indices of the samples during which the core was not ours alone (see
+            latency.timing), ascending. The figures leave them out.
     """
 
     samples_ms: tuple[float, ...]
@@ -40,22 +42,33 @@ class Measurement:
     environment: dict[str, Any]
     metrics: dict[str, float]
     drifted: bool = False
+    disturbed: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.samples_ms or not all(0 < s < float("inf") for s in self.samples_ms):
             raise ValueError(
                 f"samples_ms must be finite, positive numbers, but got {self.samples_ms[:5]!r}"
             )
+        marks = list(self.disturbed)
+        if marks != sorted(set(marks)) or not set(marks) <= set(range(len(self.samples_ms))):
+            raise ValueError(
+                f"disturbed must be indices of samples, ascending, but got {marks[:5]!r}"
+            )
+
+    @property
+    def counted_ms(self) -> tuple[float, ...]:
+        """The samples that nothing disturbed, in the order taken; all if they are too few."""
+        return undisturbed(self.samples_ms, self.disturbed)
 
     @property
     def median_ms(self) -> float:
-        """The figure: median of the samples."""
-        return float(np.median(self.samples_ms))
+        """The figure: median of the samples that count."""
+        return float(np.median(self.counted_ms))
 
     @property
     def iqr_ms(self) -> float:
         """Third minus first quartile."""
-        return interquartile_range(self.samples_ms)
+        return interquartile_range(self.counted_ms)
 
     @property
     def spread(self) -> float:
@@ -64,19 +77,21 @@ class Measurement:
 
     @property
     def verdict(self) -> Verdict:
-        """`drifted` if the device was found changed, or `noisy` if IQR / median exceeds 10 %."""
+        """`drifted` if the device was found changed; `noisy` if IQR / median exceeds 10 %, or if
+        samples were disturbed and hardly any was not.
+        """
         if self.drifted:
             return "drifted"
-        return "noisy" if self.spread > NOISY_SPREAD else "ok"
+        return "noisy" if is_noisy(self.samples_ms, self.disturbed) else "ok"
 
     def percentile_ms(self, percent: float) -> float:
-        """Percentile of the samples, `percent` in [0, 100]."""
-        return float(np.percentile(self.samples_ms, percent))
+        """Percentile of the samples that count, `percent` in [0, 100]."""
+        return float(np.percentile(self.counted_ms, percent))
 
     @property
     def median_interval_ms(self) -> tuple[float, float]:
         """95 % confidence interval of the median, distribution-free (order statistics)."""
-        return median_interval(np.asarray(self.samples_ms))
+        return median_interval(np.asarray(self.counted_ms))
 
     @property
     def device_fingerprint(self) -> str:
@@ -94,7 +109,8 @@ def summary(measurement: Measurement) -> dict[str, Any]:
     """Return a measurement's figures as JSON values, for tables and `--json`.
 
     Keys: median_ms, median_low_ms and median_high_ms (95 % interval), mean_ms, min_ms, iqr_ms,
-    spread (IQR / median), p90_ms, p99_ms, samples, inner_iterations, warmup_runs, attempts,
+    spread (IQR / median), p90_ms, p99_ms (all without the disturbed samples), samples, disturbed
+    (how many of them), inner_iterations, warmup_runs, attempts,
     verdict, device (configuration and identity), device_fingerprint, graph_hash, environment,
     metrics.
     """
@@ -104,13 +120,14 @@ def summary(measurement: Measurement) -> dict[str, Any]:
             "median_ms": measurement.median_ms,
             "median_low_ms": low_ms,
             "median_high_ms": high_ms,
-            "mean_ms": float(np.mean(measurement.samples_ms)),
-            "min_ms": min(measurement.samples_ms),
+            "mean_ms": float(np.mean(measurement.counted_ms)),
+            "min_ms": min(measurement.counted_ms),
             "iqr_ms": measurement.iqr_ms,
             "spread": measurement.spread,
             "p90_ms": measurement.percentile_ms(90),
             "p99_ms": measurement.percentile_ms(99),
             "samples": len(measurement.samples_ms),
+            "disturbed": len(measurement.disturbed),
             "inner_iterations": measurement.inner_iterations,
             "warmup_runs": measurement.warmup_runs,
             "attempts": measurement.attempts,

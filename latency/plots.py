@@ -40,15 +40,22 @@ def plot_samples(measurement: Measurement, path: Path) -> None:
     """Draw how a measurement's samples are distributed, and in what order they came."""
     from matplotlib.figure import Figure
 
-    samples = measurement.samples_ms
+    samples, counted = measurement.samples_ms, measurement.counted_ms
     low, high = measurement.median_interval_ms
     figure = Figure(figsize=_SIZE, layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(2, 1))
     left.plot(samples, ".", color=_BLUE, markersize=4)
+    if len(counted) < len(samples):
+        marks = list(measurement.disturbed)
+        left.plot(
+            marks, [samples[k] for k in marks], ".", color=_GRAY, markersize=4,
+            label=f"disturbed, not counted: {len(marks)} of {len(samples)}",
+        )  # fmt: skip
+        left.legend(frameon=False, fontsize=8)
     left.set_xlabel("sample, in the order taken")
     left.set_ylabel(f"ms per inference (mean of {measurement.inner_iterations})")
-    right.hist(samples, bins="auto", orientation="horizontal", color=_BLUE)
-    right.set_xlabel("samples")
+    right.hist(counted, bins="auto", orientation="horizontal", color=_BLUE)
+    right.set_xlabel("samples that count")
     for axes in (left, right):
         axes.axhline(measurement.median_ms, color=_ORANGE, linewidth=1.2)
         axes.axhspan(low, high, color=_ORANGE, alpha=0.25, linewidth=0)

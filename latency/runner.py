@@ -34,7 +34,7 @@ from latency.host import (
     processor_name,
     resident_bytes,
 )
-from latency.timing import NOISY_SPREAD, PROTOCOLS, Effort, Timing, interquartile_range, time_runs
+from latency.timing import PROTOCOLS, Effort, Timing, probe, time_runs
 from space.errors import MeasurementError
 
 CPU_PROVIDER = "CPUExecutionProvider"
@@ -102,12 +102,6 @@ class Attempt:
     peak_memory_bytes: int | None
 
     @property
-    def spread(self) -> float:
-        """IQR / median of the samples."""
-        samples_ms = self.timing.samples_ms
-        return interquartile_range(samples_ms) / float(np.median(samples_ms))
-
-    @property
     def is_undisturbed(self) -> bool:
         """Whether the warm-up settled and the thread kept its core."""
         kept_core = self.running_share is None or self.running_share >= FEWEST_RUNNING
@@ -116,7 +110,7 @@ class Attempt:
     @property
     def is_good(self) -> bool:
         """Whether it need not be repeated."""
-        return self.is_undisturbed and self.spread <= NOISY_SPREAD
+        return self.is_undisturbed and not self.timing.is_noisy
 
 
 def measure(model: bytes, settings: Settings, earlier: CpuTimes | None = None) -> dict[str, Any]:
@@ -141,7 +135,10 @@ def measure(model: bytes, settings: Settings, earlier: CpuTimes | None = None) -
     conditions = environment(cores[0])
     before = earlier.others_share()
     attempts = _attempts(model, settings, cores, deadline)
-    best = min(attempts, key=lambda attempt: (not attempt.is_undisturbed, attempt.spread))
+    best = min(
+        attempts,
+        key=lambda a: (not a.is_undisturbed, a.timing.is_noisy, a.timing.spread),
+    )
     return {
         "timing": dataclasses.asdict(best.timing),
         "attempts": len(attempts),
@@ -155,7 +152,7 @@ def measure(model: bytes, settings: Settings, earlier: CpuTimes | None = None) -
             "settled": best.timing.settled,
             "ending": best.timing.ending,
             "running_share": best.running_share,
-            "spreads": [attempt.spread for attempt in attempts],
+            "spreads": [attempt.timing.spread for attempt in attempts],
         },
     }
 
@@ -246,11 +243,12 @@ def _attempt(model: bytes, settings: Settings, cores: tuple[int, ...], deadline:
                     cause="architecture",
                 ) from error
 
+        # Elsewhere the processor's core only waits, and its pace says nothing.
+        on_cpu = settings.provider == CPU_PROVIDER
         with _no_garbage_collection():
             before_s, ran_s = time.perf_counter(), time.thread_time()
-            timing = time_runs(run, PROTOCOLS[settings.effort])
+            timing = time_runs(run, PROTOCOLS[settings.effort], probe=probe if on_cpu else None)
             ran_s, wall_s = time.thread_time() - ran_s, time.perf_counter() - before_s
-        on_cpu = settings.provider == CPU_PROVIDER
         share = round(min(1.0, ran_s / wall_s), 3) if on_cpu else None
         return Attempt(timing, share, begun.others_share(), _growth(before, resident_bytes()))
 

@@ -99,6 +99,7 @@ def to_measurement(
             device=device,
             environment={**report["environment"], **environment},
             metrics=metrics,
+            disturbed=tuple(int(k) for k in timing.get("disturbed", ())),
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DeviceFault(

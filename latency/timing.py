@@ -6,6 +6,11 @@ The protocol, in this order; the clock is injected, so that tests need no real t
 2. Choose, once, how many runs make one sample, so that the clock's resolution and the cost of
    reading it vanish; keep the number for all samples.
 3. Take samples until the 95 % confidence interval of their median is narrow, or time is up.
+4. Before and after every sample a fixed piece of work, the probe, is timed, too. Where it took
+   longer than the fastest one, the core was not ours alone (another thread of the same core, which
+   on a shared host is another guest's and shows in no load figure) or its clock was down: that
+   sample is marked as disturbed. The mark looks at the probe only, never at the sample's own time,
+   so that leaving such samples out favours no figure.
 
 TFLite's benchmark_model runs once to warm up, then at least 50 times and 1 s; `full` is that
 with a warm-up that proves itself and a width that is demanded. `quick` is for searches, where many
@@ -38,6 +43,16 @@ FEWEST_SAMPLES = 5
 
 #: IQR / median above which a measurement is noisy: repeated, then flagged.
 NOISY_SPREAD = 0.10
+
+#: A probe is slow from this multiple of the fastest one on. Probes on an undisturbed core differ
+#: by 5 %; a busy thread on the same core makes them take up to twice as long.
+SLOW_PROBE = 1.15
+
+#: A measurement with fewer undisturbed samples than this, and disturbed ones, is noisy.
+FEWEST_UNDISTURBED = 10
+
+#: Steps of the probe's loop: 0.15 ms on a server's core, 1 ms on a small board's.
+_PROBE_STEPS = 5000
 
 
 @dataclass(frozen=True)
@@ -120,6 +135,7 @@ class Timing:
     Attributes:
         samples_ms: Milliseconds of one run, in the order taken; each is the mean of
             `inner_iterations` runs.
+        disturbed: Indices of the samples beside which a probe was slow, ascending.
         inner_iterations: Runs per sample.
         warmup_runs: Runs before the first sample.
         settled: Whether the warm-up ended because two windows agreed.
@@ -132,12 +148,51 @@ class Timing:
     warmup_runs: int
     settled: bool
     ending: Ending
+    disturbed: tuple[int, ...] = ()
+
+    @property
+    def spread(self) -> float:
+        """IQR / median of the samples that count."""
+        counted = undisturbed(self.samples_ms, self.disturbed)
+        return interquartile_range(counted) / float(np.median(counted))
+
+    @property
+    def is_noisy(self) -> bool:
+        """See the function of this name."""
+        return is_noisy(self.samples_ms, self.disturbed)
+
+
+def probe() -> None:
+    """Keep the core busy with work that uses it as fully as one thread can, in no memory."""
+    total = 0
+    for step in range(_PROBE_STEPS):
+        total += step
+
+
+def undisturbed(samples_ms: tuple[float, ...], disturbed: tuple[int, ...]) -> tuple[float, ...]:
+    """Return the samples that figures are derived from.
+
+    They are those that nothing disturbed, or all if fewer than FEWEST_SAMPLES are left.
+    """
+    if len(samples_ms) - len(disturbed) < FEWEST_SAMPLES:
+        return samples_ms
+    left_out = frozenset(disturbed)
+    return tuple(sample for k, sample in enumerate(samples_ms) if k not in left_out)
+
+
+def is_noisy(samples_ms: tuple[float, ...], disturbed: tuple[int, ...]) -> bool:
+    """Whether a measurement's samples scatter too much, or too few of them were undisturbed."""
+    if disturbed and len(samples_ms) - len(disturbed) < FEWEST_UNDISTURBED:
+        return True
+    counted = undisturbed(samples_ms, disturbed)
+    return interquartile_range(counted) > NOISY_SPREAD * float(np.median(counted))
 
 
 def time_runs(
     run: Callable[[], object],
     protocol: TimingProtocol,
     *,
+    probe: Callable[[], object] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Timing:
     """Return the times of `run` under a protocol.
@@ -145,6 +200,9 @@ def time_runs(
     Args:
         run: What is timed; it must have finished its work when it returns.
         protocol: How it is timed.
+        probe: What is timed before and after every sample to tell whether the core is ours
+            alone. With one, the protocol's numbers are of samples that nothing disturbed, and
+            only the budget and `max_repeats` end the wait for them. None marks no sample.
         clock: Monotonic seconds.
 
     Raises:
@@ -157,6 +215,7 @@ def time_runs(
         raise MeasurementError(f"the clock did not advance during {warmup_runs} runs")
     inner = max(1, math.ceil(protocol.min_sample_s / run_s))
     samples_s: list[float] = []
+    probes_s = [] if probe is None else [_seconds(probe, clock)]
     total_s = 0.0
     ending: Ending | None = None
     while ending is None:
@@ -165,17 +224,33 @@ def time_runs(
             run()
         after = clock()
         samples_s.append((after - before) / inner)
+        if probe is not None:
+            probes_s.append(_seconds(probe, clock))
         total_s += after - before
-        ending = _ending(samples_s, total_s, after - start, protocol)
+        quiet = np.asarray(samples_s)[_is_quiet(probes_s)] if probes_s else np.asarray(samples_s)
+        ending = _ending(quiet, len(samples_s), total_s, after - start, protocol)
     if min(samples_s) <= 0:
         raise MeasurementError(f"the clock did not advance during {inner} runs")
     return Timing(
         samples_ms=tuple(1e3 * sample for sample in samples_s),
+        disturbed=tuple(np.flatnonzero(~_is_quiet(probes_s)).tolist()) if probes_s else (),
         inner_iterations=inner,
         warmup_runs=warmup_runs,
         settled=settled,
         ending=ending,
     )
+
+
+def _seconds(run: Callable[[], object], clock: Callable[[], float]) -> float:
+    before = clock()
+    run()
+    return clock() - before
+
+
+def _is_quiet(probes_s: list[float]) -> NDArray[np.bool_]:
+    """Whether the probes before and after each sample were fast: bool, one less than probes."""
+    is_fast = np.asarray(probes_s) <= SLOW_PROBE * min(probes_s)
+    return is_fast[:-1] & is_fast[1:]
 
 
 def _warm_up(
@@ -212,13 +287,16 @@ def _windows_agree(runs_s: list[float], protocol: TimingProtocol) -> bool:
 
 
 def _ending(
-    samples_s: list[float], total_s: float, elapsed_s: float, protocol: TimingProtocol
+    quiet_s: NDArray[np.float64],
+    count: int,
+    total_s: float,
+    elapsed_s: float,
+    protocol: TimingProtocol,
 ) -> Ending | None:
-    """Why sampling ends now, if it does."""
-    count = len(samples_s)
-    if count >= protocol.min_repeats and total_s >= protocol.min_total_s:
-        low, high = median_interval(np.asarray(samples_s))
-        if high - low <= protocol.relative_width * float(np.median(samples_s)):
+    """Why sampling ends now, if it does; `quiet_s` are those of `count` that count."""
+    if len(quiet_s) >= protocol.min_repeats and total_s >= protocol.min_total_s:
+        low, high = median_interval(quiet_s)
+        if high - low <= protocol.relative_width * float(np.median(quiet_s)):
             return "narrow"
     if count >= protocol.max_repeats:
         return "repeats"

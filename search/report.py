@@ -430,7 +430,8 @@ def _environment(facts: Facts) -> str:
             "95 % interval": f"{low_ms:.4g} to {high_ms:.4g} ms",
             "IQR": f"{measurement.iqr_ms:.3g} ms, {100 * measurement.spread:.1f} % of the median:"
             f" {measurement.verdict}",
-            "samples": f"{len(measurement.samples_ms):,}, each the mean of"
+            "samples": f"{len(measurement.samples_ms):,} ({len(measurement.disturbed):,}"
+            " disturbed, not counted), each the mean of"
             f" {measurement.inner_iterations:,} inferences",
             "before them": f"{measurement.warmup_runs:,} inferences to warm up",
             "attempts": measurement.attempts,

@@ -52,6 +52,26 @@ def test_more_than_a_tenth_between_the_quartiles_is_noisy(
     assert measurement(samples_ms).verdict == verdict
 
 
+def test_disturbed_samples_are_kept_and_not_counted() -> None:
+    taken = measurement((4.0, 9.0, 5.0, 6.0, 9.5, 7.0, 8.0) * 2, disturbed=(1, 4, 8, 11))
+    assert taken.counted_ms == (4.0, 5.0, 6.0, 7.0, 8.0) * 2
+    assert (taken.median_ms, taken.iqr_ms, taken.percentile_ms(100)) == (6.0, 2.0, 8.0)
+    figures = summary(taken)
+    assert (figures["samples"], figures["disturbed"], figures["min_ms"]) == (14, 4, 4.0)
+    assert build(Measurement, json.loads(json.dumps(to_plain(taken))), where="test") == taken
+
+
+def test_a_figure_of_hardly_any_undisturbed_sample_is_noisy() -> None:
+    assert measurement((5.0,) * 20, disturbed=tuple(range(10))).verdict == "ok"
+    assert measurement((5.0,) * 20, disturbed=tuple(range(11))).verdict == "noisy"
+
+
+@pytest.mark.parametrize("marks", [(2,), (-1,), (1, 0), (0, 0)])
+def test_marks_must_be_indices_of_samples(marks: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="disturbed must be indices of samples"):
+        measurement((5.0, 5.0), disturbed=marks)
+
+
 @pytest.mark.parametrize("samples_ms", [(), (1.0, 0.0), (1.0, -1.0), (float("nan"),), (1e999,)])
 def test_samples_must_be_positive_numbers(samples_ms: tuple[float, ...]) -> None:
     with pytest.raises(ValueError, match="samples_ms must be finite, positive"):

@@ -67,7 +67,7 @@ def timings(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[Timing]], list[Ti
     """Gives the meter timings instead of the clock's; returns those not yet used."""
 
     def use(given: list[Timing]) -> list[Timing]:
-        def next_timing(run: Callable[[], None], protocol: TimingProtocol) -> Timing:
+        def next_timing(run: Callable[[], None], protocol: TimingProtocol, **_: object) -> Timing:
             run()
             return given.pop(0)
 
@@ -262,7 +262,7 @@ def test_the_thread_is_pinned_while_it_measures_and_free_again(
     allowed = os.sched_getaffinity(0)
     seen = []
 
-    def recording(run: Callable[[], None], protocol: TimingProtocol) -> Timing:
+    def recording(run: Callable[[], None], protocol: TimingProtocol, **_: object) -> Timing:
         seen.append(os.sched_getaffinity(0))
         return time_runs(run, protocol)
 
@@ -279,7 +279,7 @@ def test_every_thread_of_the_pool_has_a_core_of_its_own(monkeypatch: pytest.Monk
     seen = []
     before = {thread.id for thread in psutil.Process().threads()}
 
-    def recording(run: Callable[[], None], protocol: TimingProtocol) -> Timing:
+    def recording(run: Callable[[], None], protocol: TimingProtocol, **_: object) -> Timing:
         # Neither Python's own threads (the stopwatch) nor those of earlier tests are the pool's.
         known = before | {thread.native_id for thread in threading.enumerate()}
         started = {thread.id for thread in psutil.Process().threads()} - known
@@ -296,7 +296,7 @@ def test_a_failed_measurement_frees_the_thread_and_the_lock(
 ) -> None:
     allowed = os.sched_getaffinity(0)
     with monkeypatch.context() as patched:
-        patched.setattr(runner, "time_runs", lambda run, protocol: 1 / 0)
+        patched.setattr(runner, "time_runs", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             meter().measure(SMALL)
     assert os.sched_getaffinity(0) == allowed

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, count, cycle, islice, repeat
 
 import numpy as np
 import pytest
 
 from latency.measurement import median_interval
-from latency.timing import FEWEST_SAMPLES, PROTOCOLS, TimingProtocol, time_runs
+from latency.timing import FEWEST_SAMPLES, PROTOCOLS, TimingProtocol, time_runs, undisturbed
 from space.errors import MeasurementError
 
 #: Durations are powers of two, so that sums of them are exact.
@@ -219,3 +219,75 @@ def test_the_timed_runs_alone_are_in_the_samples() -> None:
     timing = time_runs(simulation.run, PROTOCOL, clock=slow_clock)
     # One reading at the start, two per run of the warm-up, two per sample.
     assert readings == 1 + 2 * timing.warmup_runs + 2 * len(timing.samples_ms)
+
+
+# ---------------------------------------------------------------------------- disturbances
+
+
+class SharedCore:
+    """Runs of 16 ms and probes of 1 ms, both slower while another thread has the same core."""
+
+    def __init__(self, busy: Iterable[bool]) -> None:
+        self._busy = iter(busy)
+        self.now_s = 0.0
+
+    def run(self) -> None:
+        self.now_s += 20 * MS if self._is_busy else 16 * MS
+
+    def probe(self) -> None:
+        # The neighbour comes and goes between a sample and the next.
+        self._is_busy = next(self._busy)
+        self.now_s += 2 * MS if self._is_busy else MS
+
+    _is_busy = False
+
+    def clock(self) -> float:
+        return self.now_s
+
+
+def test_samples_beside_a_slow_probe_are_marked_and_waited_for() -> None:
+    # Probe k stands before sample k; a sample is disturbed if either of its probes is slow.
+    core = SharedCore(cycle([False, False, False, True, True]))
+    timing = time_runs(core.run, PROTOCOL, probe=core.probe, clock=core.clock)
+    slow = {k for k in range(len(timing.samples_ms)) if k % 5 in (2, 3, 4)}
+    assert set(timing.disturbed) == slow
+    assert len(timing.samples_ms) - len(timing.disturbed) == 20
+    assert set(undisturbed(timing.samples_ms, timing.disturbed)) == {16e3 * MS}
+    assert (timing.ending, timing.is_noisy) == ("narrow", False)
+
+
+def test_the_samples_own_time_marks_nothing() -> None:
+    simulation = Simulation(chain(repeat(8 * MS, 8), cycle([8 * MS, 80 * MS])))
+    timing = time_runs(
+        simulation.run, protocol(max_repeats=60), probe=advance(simulation), clock=simulation.clock
+    )
+    assert timing.disturbed == ()
+    assert timing.is_noisy
+
+
+def advance(simulation: Simulation) -> Callable[[], None]:
+    def probe() -> None:
+        simulation.now_s += MS
+
+    return probe
+
+
+def test_a_core_that_is_hardly_ever_free_gives_a_noisy_figure_of_all_samples() -> None:
+    core = SharedCore(chain([False, False], repeat(True)))
+    timing = time_runs(core.run, protocol(max_repeats=40), probe=core.probe, clock=core.clock)
+    assert len(timing.disturbed) == 39
+    assert timing.ending == "repeats"
+    assert undisturbed(timing.samples_ms, timing.disturbed) == timing.samples_ms
+    assert timing.is_noisy
+
+
+def test_probes_that_differ_little_mark_nothing() -> None:
+    jitter = np.random.default_rng(0)
+    simulation = Simulation(repeat(8 * MS))
+
+    def probe() -> None:
+        simulation.now_s += MS * (1 + 0.1 * jitter.random())
+
+    timing = time_runs(simulation.run, PROTOCOL, probe=probe, clock=simulation.clock)
+    assert timing.disturbed == ()
+    assert len(timing.samples_ms) == 20
