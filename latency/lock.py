@@ -27,6 +27,11 @@ def host_lock(timeout_s: float) -> Iterator[None]:
         yield
 
 
+def file_name(name: str) -> str:
+    """Return a device's name with `_` for whatever a file's name cannot hold."""
+    return re.sub(r"[^A-Za-z0-9._-]", "_", name)
+
+
 @contextlib.contextmanager
 def device_lock(name: str, where: str, timeout_s: float) -> Iterator[None]:
     """Hold the lock of a device.
@@ -42,7 +47,7 @@ def device_lock(name: str, where: str, timeout_s: float) -> Iterator[None]:
         MeasurementError: It is held by another for longer than the time-out, or cannot be made.
     """
     folder = platformdirs.user_cache_path("mnas")
-    path = folder / f"measuring-{re.sub(r'[^A-Za-z0-9._-]', '_', name)}.lock"
+    path = folder / f"measuring-{file_name(name)}.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         held = filelock.FileLock(path).acquire(timeout=timeout_s)

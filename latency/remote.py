@@ -24,6 +24,7 @@ from latency.fits import needed_bytes
 from latency.host import check_memory
 from latency.lock import device_lock
 from latency.measurement import Measurement
+from latency.pace import PaceHistory
 from latency.processes import Finished, run_to_end
 from latency.reports import DeviceFault, json_line, last_line, read_report
 from latency.runs import (
@@ -134,28 +135,34 @@ class SshMeter(LatencyMeter):
         check_memory(needed_bytes(architecture, 0), (memory.total, memory.available))
         device = self.identity()
         model = model_file(config, architecture, style)
-        settings = runner_settings(config, architecture, needed_bytes=needed)
-        where = f"on {config.host}"
-        with device_lock(f"ssh-{config.host}-{config.port or 22}", where, config.lock_timeout_s):
+        where, name = f"on {config.host}", f"ssh-{config.host}-{config.port or 22}"
+        with device_lock(name, where, config.lock_timeout_s):
+            core = "last" if config.cores is None else config.cores[0]
+            history = PaceHistory(f"{name}-{core}-{config.python}")
+            settings = runner_settings(
+                config, architecture, needed_bytes=needed, known_pace_s=history.fastest_s()
+            )
             report = self._report(
                 "latency.runner",
                 {"model.onnx": model, "settings.json": json.dumps(to_plain(settings)).encode()},
                 lock_timeout_s=config.lock_timeout_s,
                 time_limit_s=config.time_limit_s + START_S,
             )
-        if report.get("runtime") != self._runtime_identity():
-            raise MeasurementError(
-                f"{config.host} is another machine than before, or its software changed:"
-                f" {report.get('runtime')!r}; start again"
+            if report.get("runtime") != self._runtime_identity():
+                raise MeasurementError(
+                    f"{config.host} is another machine than before, or its software changed:"
+                    f" {report.get('runtime')!r}; start again"
+                )
+            taken = to_measurement(
+                report,
+                architecture,
+                style,
+                device=device,
+                model_bytes=len(model),
+                environment=graph_versions(),
             )
-        return to_measurement(
-            report,
-            architecture,
-            style,
-            device=device,
-            model_bytes=len(model),
-            environment=graph_versions(),
-        )
+            history.add(taken.environment.get("pace_s"))
+            return taken
 
     def describe(self) -> dict[str, Any]:
         """Return what the machine says about itself; see latency.host.describe.

@@ -66,6 +66,7 @@ class Settings:
         attempts: How often a noisy measurement is taken.
         time_limit_s: Of all attempts together.
         needed_bytes: Memory that the network needs, about.
+        known_pace_s: See latency.timing.time_runs.
     """
 
     shape: tuple[int, ...]
@@ -78,6 +79,7 @@ class Settings:
     attempts: int
     time_limit_s: float
     needed_bytes: int
+    known_pace_s: float | None
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,7 @@ def measure(model: bytes, settings: Settings, earlier: CpuTimes | None = None) -
 
     Keys: `timing` (latency.timing.Timing's fields), `attempts` (how many), `peak_memory_bytes` (of
     the first one, see Attempt), `runtime` (see `runtime_identity`), and `environment`: the
-    conditions, with `cores`, `spreads` (IQR / median of every attempt), `running_share`,
+    conditions, with `cores`, `spreads` (IQR / median of every attempt), `running_share`, `pace_s`,
     `settled`, `ending`, and the share of others.
 
     Raises:
@@ -152,6 +154,7 @@ def measure(model: bytes, settings: Settings, earlier: CpuTimes | None = None) -
             "settled": best.timing.settled,
             "ending": best.timing.ending,
             "running_share": best.running_share,
+            "pace_s": best.timing.pace_s,
             "spreads": [attempt.timing.spread for attempt in attempts],
         },
     }
@@ -247,7 +250,12 @@ def _attempt(model: bytes, settings: Settings, cores: tuple[int, ...], deadline:
         on_cpu = settings.provider == CPU_PROVIDER
         with _no_garbage_collection():
             before_s, ran_s = time.perf_counter(), time.thread_time()
-            timing = time_runs(run, PROTOCOLS[settings.effort], probe=probe if on_cpu else None)
+            timing = time_runs(
+                run,
+                PROTOCOLS[settings.effort],
+                probe=probe if on_cpu else None,
+                known_pace_s=settings.known_pace_s,
+            )
             ran_s, wall_s = time.thread_time() - ran_s, time.perf_counter() - before_s
         share = round(min(1.0, ran_s / wall_s), 3) if on_cpu else None
         return Attempt(timing, share, begun.others_share(), _growth(before, resident_bytes()))

@@ -54,7 +54,11 @@ def precision_identity(config: OnnxRuntimeConfig | SshConfig) -> dict[str, str]:
 
 
 def runner_settings(
-    config: OnnxRuntimeConfig | SshConfig, architecture: Architecture, *, needed_bytes: int
+    config: OnnxRuntimeConfig | SshConfig,
+    architecture: Architecture,
+    *,
+    needed_bytes: int,
+    known_pace_s: float | None,
 ) -> dict[str, Any]:
     """Return latency.runner.Settings' fields for a device's configuration and a network."""
     return {
@@ -68,6 +72,7 @@ def runner_settings(
         "attempts": config.attempts,
         "time_limit_s": config.time_limit_s,
         "needed_bytes": needed_bytes,
+        "known_pace_s": known_pace_s,
     }
 
 

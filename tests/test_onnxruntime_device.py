@@ -95,6 +95,7 @@ def test_a_measurement_says_what_was_timed_where_and_under_which_conditions() ->
         "time", "hostname", "system", "python", "mnas", "onnx", "cpu_count", "load_average",
         "frequency_mhz", "governor", "temperature_c", "cores", "others_cpu_share_before",
         "others_cpu_share", "settled", "ending", "running_share", "spreads",
+        "pace_s",
     }  # fmt: skip
 
 

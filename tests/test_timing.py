@@ -291,3 +291,17 @@ def test_probes_that_differ_little_mark_nothing() -> None:
     timing = time_runs(simulation.run, PROTOCOL, probe=probe, clock=simulation.clock)
     assert timing.disturbed == ()
     assert len(timing.samples_ms) == 20
+
+
+def test_a_neighbour_who_never_rests_is_told_from_the_pace_of_earlier_measurements() -> None:
+    quiet = SharedCore(repeat(False))
+    known_s = time_runs(quiet.run, PROTOCOL, probe=quiet.probe, clock=quiet.clock).pace_s
+    assert known_s == MS
+    core = SharedCore(repeat(True))
+    chosen = protocol(max_repeats=40)
+    unaware = time_runs(core.run, chosen, probe=core.probe, clock=core.clock)
+    assert not unaware.is_noisy
+    told = time_runs(core.run, chosen, probe=core.probe, known_pace_s=known_s, clock=core.clock)
+    assert told.is_noisy
+    assert len(told.disturbed) == len(told.samples_ms) == 40
+    assert told.pace_s == 2 * MS
