@@ -118,8 +118,12 @@ def resolve(config: AccelNasBenchConfig) -> AccelNasBenchConfig:
 
 def _files(config: AccelNasBenchConfig, path: Path) -> list[Path]:
     """The files that the backend reads."""
-    if not path.exists():
-        raise ConfigError(f"evaluator.data: must exist, but got {str(path)!r}.")
+    try:
+        path.stat()
+    except OSError as error:
+        raise ConfigError(
+            f"evaluator.data: must exist, but got {str(path)!r} ({error.strerror})."
+        ) from None
     if config.backend == "fitted":
         return data_files(path)
     folder = path / "surr" if (path / "surr").is_dir() else path

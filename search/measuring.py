@@ -45,6 +45,8 @@ class Latencies:
         evaluator: Of the campaign.
         store: Where measurements are kept.
         reference: The network whose latency the targets are multiples of, if that is configured.
+        reference_meters: Name -> what measures it: at full precision, since every reward depends
+            on it. None takes `meters`.
 
     Raises:
         ConfigError: The reference network cannot be measured.
@@ -57,9 +59,11 @@ class Latencies:
         evaluator: Evaluator,
         store: Store,
         reference: Architecture | None,
+        reference_meters: Mapping[str, LatencyMeter] | None = None,
     ) -> None:
         self._config = config
         self._meters = meters
+        self._reference_meters = meters if reference_meters is None else reference_meters
         self._evaluator = evaluator
         self._store = store
         self._targets = self._known_targets() or self._new_targets(reference)
@@ -159,7 +163,7 @@ class Latencies:
         assert reference is not None  # there is a target
         times = self._config.target.times
         targets = {}
-        for name, meter in self._meters.items():
+        for name, meter in self._reference_meters.items():
             ((_, outcome),) = self._on_one(meter, [reference], anew=False)
             if isinstance(outcome, MeasurementError):
                 raise ConfigError(

@@ -102,8 +102,15 @@ class Parts:
         Raises:
             ConfigError: The target's reference network cannot be measured.
         """
-        meters = _make_meters(self.config, full=True) if full else self.meters
-        return Latencies(self.config.objective, meters, self.evaluator, store, self.reference)
+        full_meters = _make_meters(self.config, full=True)
+        return Latencies(
+            self.config.objective,
+            full_meters if full else self.meters,
+            self.evaluator,
+            store,
+            self.reference,
+            full_meters,
+        )
 
     def _metrics_of(self, tokens: tuple[int, ...]) -> Mapping[str, float]:
         cost = count(self.space.decode(tokens))

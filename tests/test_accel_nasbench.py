@@ -258,7 +258,9 @@ def test_other_data_than_the_campaigns_are_refused(archive: Path) -> None:
 def test_without_data_the_campaign_ends_with_one_sentence_and_status_2(tmp_path: Path) -> None:
     done = mnas("search", "accel_nasbench", f"evaluator.data={tmp_path}/none", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"mnas: evaluator\.data: must exist, but got '.*none'\.\n", done.stderr)
+    assert re.fullmatch(
+        r"mnas: evaluator\.data: must exist, but got '.*none' \(No such file.*\)\.\n", done.stderr
+    )
 
 
 def test_without_a_word_about_the_data_the_sentence_says_what_to_give(
@@ -460,3 +462,9 @@ def test_the_prepared_trees_predict_what_their_own_program_does() -> None:
     ]
     predicted = [[f.accuracy, *f.metrics.values()] for f in found]
     np.testing.assert_allclose(np.array(predicted).T, expected, rtol=1e-9)
+
+
+def test_a_path_that_no_file_can_have_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    for data in ("a" * 5000, str(tmp_path / "none")):
+        with pytest.raises(ConfigError, match=r"evaluator\.data: must exist, but got"):
+            resolve(AccelNasBenchConfig("accel_nasbench", data=data))
