@@ -1,0 +1,197 @@
+"""The paper's experiments on real ImageNet accuracies: what the reward's form and the space do.
+
+    export MNAS_ACCEL_NASBENCH=FOLDER     # docs/accel-nasbench.md says where to get the data
+    python benchmarks/derivation/experiments.py
+    python benchmarks/derivation/experiments.py --only rewards --seeds 5 --plot rewards.png
+
+    rewards    PPO under soft, hard and absolute rewards, and for accuracy alone: where the
+               latencies of its samples lie (the paper's figure 4) and what it finds
+    diversity  guided search where all blocks must have the same operation and kernel (the paper's
+               table 6), beside the whole space
+
+Accuracy and latency are a surrogate's of Accel-NASBench (backend `fitted`, device a100), with
+noise; the figures in the tables are its means, which no search saw. Campaigns are kept in the
+folder of --runs: a finished one is not repeated, a stopped one goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from search.accel_nasbench import AccelNasBenchConfig, AccelNasBenchEvaluator
+from search.campaign import open_to_read
+from search.config import load_campaign_config
+from search.engine import resume, start
+from search.finalists import candidates
+from search.trial import Trial
+from space.architecture import Architecture
+from space.errors import MnasError
+from space.mnasnet import find_architecture
+from space.records import dump_yaml, find_config, load_yaml
+
+#: What the reward is -> settings of the objective.
+REWARDS: dict[str, tuple[str, ...]] = {
+    "accuracy alone": ("objective.alpha=0.0", "objective.beta=0.0"),
+    "soft, -0.07": (),
+    "soft, -0.15": ("objective.alpha=-0.15", "objective.beta=-0.15"),
+    "hard": ("objective.name=hard",),
+    "absolute, -0.07": ("objective.name=absolute",),
+    "absolute, -0.5": ("objective.name=absolute", "objective.beta=-0.5"),
+}
+#: What every block's operation and kernel may be -> the choices that are left of the space's.
+VARIANTS: dict[str, dict[str, list[Any]]] = {
+    "all": {},
+    "MBConv4 3x3 only": {"op": ["mbconv4"], "kernel_size": [3]},
+    "MBConv4 5x5 only": {"op": ["mbconv4"], "kernel_size": [5]},
+    "MBConv6 3x3 only": {"op": ["mbconv6"], "kernel_size": [3]},
+    "MBConv6 5x5 only": {"op": ["mbconv6"], "kernel_size": [5]},
+}
+SPACE = "accel_nasbench"
+
+
+class Truth:
+    """The surrogate's means: accuracy, and latency as a multiple of a target."""
+
+    def __init__(self) -> None:
+        self._evaluator = AccelNasBenchEvaluator(AccelNasBenchConfig(name="accel_nasbench"))
+
+    def __call__(self, network: Architecture, target_ms: float) -> tuple[float, float]:
+        """Return (accuracy, LAT / T)."""
+        found = self._evaluator.evaluate(network, seed=0, time_limit_s=60.0)
+        return found.accuracy, found.metrics["latency_ms"] / target_ms
+
+
+def campaign(folder: Path, settings: list[str]) -> tuple[list[Trial], Trial, float]:
+    """Run a campaign, or finish it; return its trials, the one to hand over, and its target."""
+    if (folder / "campaign.db").exists():
+        resume(folder)
+    else:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        start(load_campaign_config("accel_nasbench", settings), folder)
+    store = open_to_read(folder)
+    trials, chosen, target_ms = store.trials(), candidates(store, 1)[0], store.meta("target_ms")
+    store.close()
+    return trials, chosen, target_ms
+
+
+def rewards(arguments: argparse.Namespace, truth: Truth) -> None:
+    """PPO's samples and finds under every reward."""
+    print(
+        f"{'reward':>16}{'found: accuracy':>17}{'LAT / T':>9}   samples of the last half:"
+        f" {'<= T':>6}{'0.9 to 1.1':>12}{'median':>8}"
+    )
+    samples: dict[str, NDArray[np.float64]] = {}
+    for label, settings in REWARDS.items():
+        found, late = [], []
+        for seed in range(arguments.seeds):
+            trials, chosen, target_ms = campaign(
+                arguments.runs / f"rewards-{_stem(label)}-{seed}",
+                [f"seed={seed}", f"stop.trials={arguments.trials}", *settings],
+            )
+            found.append(truth(find_architecture(chosen.architecture), target_ms))
+            late += [
+                trial.metrics["latency_ms"] / target_ms
+                for trial in trials[len(trials) // 2 :]
+                if trial.metrics is not None
+            ]
+        ratios = np.asarray(late)
+        samples[label] = ratios
+        near = float(np.mean(np.abs(ratios - 1) <= 0.1))
+        print(
+            f"{label:>16}{statistics.median(a for a, _ in found):>17.4f}"
+            f"{statistics.median(r for _, r in found):>9.2f}{' ':>28}{np.mean(ratios <= 1):>6.0%}"
+            f"{near:>12.0%}{np.median(ratios):>8.2f}",
+            flush=True,
+        )
+    if arguments.plot is not None:
+        draw_samples(samples, arguments)
+
+
+def diversity(arguments: argparse.Namespace, truth: Truth) -> None:
+    """What guided search finds where blocks must not differ in operation and kernel."""
+    print(f"{'blocks':>18}{'accuracy':>10}{'LAT / T':>9}{'reward':>9}   medians of the seeds")
+    shipped = load_yaml(find_config(SPACE, "space"))
+    for label, choices in VARIANTS.items():
+        settings = []
+        if choices:
+            name = f"{SPACE}_{_stem(label)}"
+            file = arguments.runs / f"{name}.yaml"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            space = {**shipped, "name": name, "choices": {**shipped["choices"], **choices}}
+            file.write_text(dump_yaml(space), encoding="utf-8")
+            settings = [f"space.name={file}"]
+        found = []
+        for seed in range(arguments.seeds):
+            _, chosen, target_ms = campaign(
+                arguments.runs / f"diversity-{_stem(label)}-{seed}",
+                [f"seed={seed}", "stop.trials=250", "controller.name=guided", *settings],
+            )
+            accuracy, ratio = truth(find_architecture(chosen.architecture), target_ms)
+            found.append((accuracy, ratio, accuracy * ratio**-0.07))
+        middle = [statistics.median(column) for column in zip(*found, strict=True)]
+        print(f"{label:>18}{middle[0]:>10.4f}{middle[1]:>9.2f}{middle[2]:>9.4f}", flush=True)
+
+
+def draw_samples(samples: dict[str, NDArray[np.float64]], arguments: argparse.Namespace) -> None:
+    """Draw how the sampled latencies lie under every reward, as the paper's figure 4 does."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(
+        len(samples), 1, figsize=(7.0, 1.1 * len(samples) + 0.6), sharex=True, layout="constrained"
+    )
+    edges = np.linspace(0.4, 2.0, 65)
+    for panel, (label, ratios) in zip(axes, samples.items(), strict=True):
+        panel.hist(ratios.clip(edges[0], edges[-1]), bins=edges, color="#0072B2")
+        panel.axvline(1.0, color="#D55E00", linewidth=1)
+        panel.set_yticks([])
+        panel.text(0.99, 0.8, label, transform=panel.transAxes, ha="right", va="top", fontsize=9)
+    axes[-1].set_xlabel("latency / target of the samples in the last half of the search")
+    figure.suptitle(
+        f"PPO, {arguments.trials} trials, {arguments.seeds} seeds: sampled networks", fontsize=10
+    )
+    figure.savefig(arguments.plot, dpi=150)
+
+
+def _stem(label: str) -> str:
+    return "".join(letter if letter.isalnum() else "_" for letter in label.lower())
+
+
+EXPERIMENTS: dict[str, Callable[[argparse.Namespace, Truth], None]] = {
+    "rewards": rewards,
+    "diversity": diversity,
+}
+
+
+def main() -> None:
+    """Run the experiments and print their tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--trials", type=int, default=2000, help="of rewards")
+    parser.add_argument("--runs", type=Path, default=Path("runs/derivation-experiments"))
+    parser.add_argument("--plot", type=Path, help="of rewards: a .png or .svg file")
+    arguments = parser.parse_args()
+    try:
+        truth = Truth()
+        for name in arguments.only:
+            print(f"{name}: {EXPERIMENTS[name].__doc__}")
+            EXPERIMENTS[name](arguments, truth)
+    except MnasError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()
