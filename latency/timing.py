@@ -48,7 +48,7 @@ NOISY_SPREAD = 0.10
 #: by 5 %; a busy thread on the same core makes them take up to twice as long.
 SLOW_PROBE = 1.15
 
-#: A measurement with fewer undisturbed samples than this, and disturbed ones, is noisy.
+#: A measurement with fewer undisturbed samples than this, and more disturbed ones, is noisy.
 FEWEST_UNDISTURBED = 10
 
 #: Steps of the probe's loop: 0.15 ms on a server's core, 1 ms on a small board's.
@@ -165,7 +165,7 @@ class Timing:
 
 
 def probe() -> None:
-    """Keep the core busy with work that uses it as fully as one thread can, in no memory."""
+    """Keep the core as busy as one thread can; touches next to no memory."""
     total = 0
     for step in range(_PROBE_STEPS):
         total += step
@@ -184,7 +184,8 @@ def undisturbed(samples_ms: tuple[float, ...], disturbed: tuple[int, ...]) -> tu
 
 def is_noisy(samples_ms: tuple[float, ...], disturbed: tuple[int, ...]) -> bool:
     """Whether a measurement's samples scatter too much, or too few of them were undisturbed."""
-    if disturbed and len(samples_ms) - len(disturbed) < FEWEST_UNDISTURBED:
+    left = len(samples_ms) - len(disturbed)
+    if left < min(FEWEST_UNDISTURBED, len(disturbed)):
         return True
     counted = undisturbed(samples_ms, disturbed)
     return interquartile_range(counted) > NOISY_SPREAD * float(np.median(counted))

@@ -64,6 +64,8 @@ def test_disturbed_samples_are_kept_and_not_counted() -> None:
 def test_a_figure_of_hardly_any_undisturbed_sample_is_noisy() -> None:
     assert measurement((5.0,) * 20, disturbed=tuple(range(10))).verdict == "ok"
     assert measurement((5.0,) * 20, disturbed=tuple(range(11))).verdict == "noisy"
+    assert measurement((5.0,) * 8, disturbed=(2, 5)).verdict == "ok"  # a slow network's samples
+    assert measurement((5.0,) * 8, disturbed=(2, 3, 5, 6, 7)).verdict == "noisy"
 
 
 @pytest.mark.parametrize("marks", [(2,), (-1,), (1, 0), (0, 0)])

@@ -150,12 +150,12 @@ def draw_samples(samples: dict[str, NDArray[np.float64]], arguments: argparse.Na
     figure, axes = pyplot.subplots(
         len(samples), 1, figsize=(7.0, 1.1 * len(samples) + 0.6), sharex=True, layout="constrained"
     )
-    edges = np.linspace(0.4, 2.0, 65)
+    edges = np.linspace(0.2, 2.4, 89)
     for panel, (label, ratios) in zip(axes, samples.items(), strict=True):
         panel.hist(ratios.clip(edges[0], edges[-1]), bins=edges, color="#0072B2")
         panel.axvline(1.0, color="#D55E00", linewidth=1)
         panel.set_yticks([])
-        panel.text(0.99, 0.8, label, transform=panel.transAxes, ha="right", va="top", fontsize=9)
+        panel.text(0.8, 0.8, label, transform=panel.transAxes, ha="right", va="top", fontsize=9)
     axes[-1].set_xlabel("latency / target of the samples in the last half of the search")
     figure.suptitle(
         f"PPO, {arguments.trials} trials, {arguments.seeds} seeds: sampled networks", fontsize=10
