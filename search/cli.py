@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retrain import data_cli
-from search import cli_parts
+from search import check_cli, cli_parts
 from space.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -336,5 +336,6 @@ def report_command(
         print(f"report     {path}")
 
 
+check_cli.register(app, _free_folder)
 cli_parts.register(app)
 app.add_typer(data_cli.app, name="data", rich_help_panel=None)
