@@ -210,13 +210,14 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
         axes.plot(
             [r["found"]["ratio"] for r in group], [100 * r["found"]["accuracy"] for r in group],
             marker, color=colour, markeredgecolor="black", markersize=8,
-            label=f"{name}, {trials} trials, {len(group)} seeds",
+            label=f"{name}, {trials} trials, {len(group)} seed{'s' * (len(group) > 1)}",
         )  # fmt: skip
     reference = 100 * results[0]["reference_accuracy"]
     axes.plot(1.0, reference, "k*", markersize=14, label="A1's projection")
     axes.axvspan(1 - LANDING, 1 + LANDING, color="gray", alpha=0.15, linewidth=0)
     axes.set_xlabel("latency on this host / that of A1's projection, measured in turn")
     axes.set_ylabel("ImageNet top-1 % (surrogate's mean)")
+    axes.set_title("large: the network found; small: the other finalists", fontsize=9)
     axes.legend(frameon=False, fontsize=8)
     axes.grid(alpha=0.3)
     figure.savefig(path, dpi=150)
