@@ -87,7 +87,7 @@ def test_the_hand_over_is_the_papers_recipe_on_one_worker() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # 3 to 4 minutes on a quiet core, most of them for compiling 12 graphs
+@pytest.mark.timeout(900)  # 4 to 5 minutes on one core, most of them for compiling 12 graphs
 def test_the_campaign_runs_as_a_miniature_from_folder_to_report(tmp_path: Path) -> None:
     data = make_image_folder(tmp_path / "photographs", classes=20, train=10, val=2)
     paths = [f"{part}.recipe.data.path={data}" for part in ("evaluator", "retrain")]
