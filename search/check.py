@@ -2,7 +2,7 @@
 
     look(config, folder)             what this machine has and lacks for it
     plan(config, folder, findings)   the campaign in figures
-    check(config, ...)               networks tried (search/probe.py): times, memory, faults
+    check(config, ...)               networks tried (check_networks.py): times, memory, faults
     estimate(config, ...)            hours and money, from what is measured or stated
 
 No campaign is created, and nothing is written.

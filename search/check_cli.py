@@ -64,9 +64,9 @@ def register(app: typer.Typer, free_folder: Callable[[Path], Path]) -> None:
         from rich.console import Console
 
         from search.check import look, plan
+        from search.check_networks import CheckOptions, check
         from search.check_text import finding_lines, plan_lines, show, show_lines
         from search.config import load_campaign_config
-        from search.probe import CheckOptions, check
         from search.warm_start import check_warm_start
         from space.records import to_plain
 

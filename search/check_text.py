@@ -9,7 +9,7 @@ from rich.table import Table
 
 from latency.checks import Finding
 from search.check import Estimate, Plan
-from search.probe import LATER, Member, Noise, Report
+from search.check_networks import LATER, Member, Noise, Report
 from search.progress import format_duration
 from search.tables import plain_table
 

@@ -102,15 +102,23 @@ class Parts:
         Raises:
             ConfigError: The target's reference network cannot be measured.
         """
-        full_meters = _make_meters(self.config, full=True)
         return Latencies(
             self.config.objective,
-            full_meters if full else self.meters,
+            _make_meters(self.config, full=True) if full else self.meters,
             self.evaluator,
             store,
             self.reference,
-            full_meters,
+            self._reference_meters(),
         )
+
+    def _reference_meters(self) -> dict[str, LatencyMeter]:
+        """What measures the reference network; a device without efforts is opened only once."""
+        return {
+            device.name: _make_meter(device, full=True)
+            if isinstance(device, (OnnxRuntimeConfig, SshConfig))
+            else self.meters[device.name]
+            for device in self.config.devices
+        }
 
     def _metrics_of(self, tokens: tuple[int, ...]) -> Mapping[str, float]:
         cost = count(self.space.decode(tokens))

@@ -13,8 +13,8 @@ from campaigns import mnas, write_synthetic
 from test_json_page import documented
 
 from search.check import Estimate, Plan, estimate, lacks, look, num_workers, plan
+from search.check_networks import CheckOptions, Member, Noise, Report, check, networks
 from search.config import CampaignConfig, load_campaign_config
-from search.probe import CheckOptions, Member, Noise, Report, check, networks
 from space.cost import count
 from space.errors import ConfigError
 from space.search_space import load_space

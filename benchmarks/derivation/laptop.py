@@ -10,9 +10,9 @@ program and call it again: a finished campaign is not repeated, a stopped one go
 
 Then the 15 best networks of each campaign, by its own figures, are measured at full precision in
 turn with A1's projection, and the one with the best reward by the new latency is the campaign's.
-Its accuracy in the table is the surrogate's mean, which the search never saw. The least and
-greatest latency ratio and gain are held against the bars that are printed; the exit status is 1
-where one was missed.
+Its accuracy in the table is the surrogate's mean, which the search never saw. The medians of ppo's
+and guided's campaigns are held against the bars that are printed; the exit status is 1 where one
+was missed.
 """
 
 from __future__ import annotations

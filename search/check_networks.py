@@ -12,7 +12,6 @@ from latency.checks import Finding
 from latency.device import LatencyMeter
 from latency.host import memory_bytes
 from latency.measurement import Measurement
-from search.brief import Brief, evaluate_brief
 from search.check import (
     Estimate,
     Plan,
@@ -23,6 +22,7 @@ from search.check import (
     num_workers,
     parts_here,
 )
+from search.check_brief import Brief, evaluate_brief
 from search.config import CampaignConfig, RayConfig
 from search.loop import stream, trial_seed
 from search.objective import LATENCY
@@ -134,7 +134,7 @@ def check(
     """
     found: list[Member] = []
     noise = None
-    for outcome in probe(config, findings, options):
+    for outcome in try_networks(config, findings, options):
         if isinstance(outcome, Noise):
             noise = outcome
         else:
@@ -160,7 +160,7 @@ def _known(stated: float | None, measured: float | None) -> tuple[float, Source]
     return None if measured is None else (measured, "measured")
 
 
-def probe(
+def try_networks(
     config: CampaignConfig, findings: Sequence[Finding], options: CheckOptions
 ) -> Iterator[Member | Noise]:
     """Yield the networks tried, the smallest and the largest first; then the noise, if asked for.
