@@ -196,6 +196,43 @@ def load_state(path: Path) -> SavedState:
     )
 
 
+class KeptState:
+    """The state of one training in a file: what a later process goes on from.
+
+    Args:
+        path: Of the file; its folder is made.
+        architecture: The network.
+        recipe: Of the training.
+        seed: Of the training.
+    """
+
+    def __init__(self, path: Path, architecture: Architecture, recipe: Recipe, seed: int) -> None:
+        self._path = path
+        self._architecture = architecture
+        self._recipe = recipe
+        self._seed = seed
+
+    def load(self) -> TrainState | None:
+        """Return the state; None if there is none, it is damaged or another training's."""
+        try:
+            saved = load_state(self._path)
+        except ConfigError:
+            return None
+        this = (self._architecture.text, self._recipe, self._seed)
+        return saved.state if (saved.architecture, saved.recipe, saved.seed) == this else None
+
+    def save(self, state: TrainState) -> None:
+        """Write the state, replacing the one before."""
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        save_state(
+            self._path, SavedState(self._architecture.text, self._recipe, self._seed, None, state)
+        )
+
+    def remove(self) -> None:
+        """Remove the file, if it is there."""
+        self._path.unlink(missing_ok=True)
+
+
 def check_weights(
     architecture: Architecture, weights: Mapping[str, NDArray[Any]], *, where: str
 ) -> None:

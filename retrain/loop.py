@@ -37,10 +37,12 @@ class Loop:
         trainer: Trainer,
         deadline: float | None,
         on_progress: Callable[[TrainProgress], None] | None,
+        on_epoch: Callable[[int, float], None] | None = None,
     ) -> None:
         self._trainer = trainer
         self._deadline = deadline
         self._on_progress = on_progress
+        self._on_epoch = on_epoch
         self._epoch_losses: list[float | ms.Tensor] = []
         self.losses: list[float] = []
         self.accuracies: list[float] = []
@@ -64,7 +66,8 @@ class Loop:
         while trainer.step < trainer.steps:
             self._take_step()
             if trainer.step % trainer.steps_per_epoch == 0:
-                self._end_epoch(validate=on_state is not None or trainer.step == trainer.steps)
+                wanted = on_state is not None or self._on_epoch is not None
+                self._end_epoch(validate=wanted or trainer.step == trainer.steps)
             elif every is None or trainer.step % every:
                 continue
             if on_state is not None:
@@ -89,7 +92,9 @@ class Loop:
         self.losses.append(float(total[0]) / workers.size)
         self._epoch_losses = []
         if validate:
-            self.validate()
+            accuracy = self.validate().top1
+            if self._on_epoch is not None:
+                self._on_epoch(self._trainer.epoch, accuracy)
 
     def _checked(self) -> float:
         """The loss of the last step, if it and those since the last look are numbers."""

@@ -100,6 +100,7 @@ def train(
     seed: int,
     threads: int,
     on_progress: Callable[[TrainProgress], None] | None = None,
+    on_epoch: Callable[[int, float], None] | None = None,
     deadline: float | None = None,
     start: Weights | None = None,
     state: TrainState | None = None,
@@ -114,6 +115,8 @@ def train(
         seed: 0 to 2**32 - 1: of weights, order, augmentation and dropout.
         threads: CPU threads.
         on_progress: Called some times an epoch.
+        on_epoch: Called after every epoch with the epochs done, from 1, and the validation
+            accuracy, for which every epoch is then validated. What it raises ends the training.
         deadline: time.monotonic() at which to give up.
         start: Weights to start from, by name; those of other names stay random.
         state: Where to go on; None starts anew.
@@ -135,9 +138,12 @@ def train(
         trainer = Trainer(
             architecture, recipe, data, seed=seed, threads=threads, start=start, workers=workers
         )
-        loop = Loop(trainer, deadline, on_progress)
+        loop = Loop(trainer, deadline, on_progress, on_epoch)
         if state is not None:
             loop.restore(state)
+            for epoch, accuracy in enumerate(state.accuracies, 1):
+                if on_epoch is not None:
+                    on_epoch(epoch, accuracy)
         loop.run(on_state)
         validation = loop.validation or loop.validate()
     except (RuntimeError, MemoryError) as error:

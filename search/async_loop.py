@@ -16,7 +16,7 @@ from dataclasses import replace
 
 from controller.base import Controller, state_from_bytes, state_to_bytes
 from search.campaign import Campaign
-from search.executor import Executor, Job, make_executor
+from search.executor import Executor, make_executor
 from search.loop import Search, Watcher, is_infrastructure, learn
 from search.parts import Parts
 from search.trial import Trial
@@ -94,7 +94,7 @@ class AsyncSearch(Search):
         self.store.start_attempts([started])
         self._running[trial.id] = started
         self._followers[trial.architecture_hash] = []
-        executor.submit(Job(trial.id, self._network(trial), trial.seed))
+        executor.submit(self._job(trial))
 
     def _finish(self, trial: Trial) -> None:
         super()._finish(trial)
@@ -117,7 +117,7 @@ class AsyncSearch(Search):
             diagnostics,
             state_to_bytes(controller.state_dict()),
         )
-        self._tally.note_batch(trials)
+        self._note_batch(trials)
         self.watcher.update(self._updates, diagnostics)
         self._updates += 1
 

@@ -20,6 +20,7 @@ from controller.registry import ControllerConfig
 from latency.device import DeviceConfig, resolve_members
 from retrain.config import Recipe
 from search.accel_nasbench import AccelNasBenchConfig, resolve
+from search.early_stop import EarlyStopConfig
 from search.objective import ObjectiveConfig
 from space.errors import ConfigError
 from space.records import (
@@ -62,10 +63,24 @@ class SpaceChoice:
 
 @record
 class TrainEvaluatorConfig:
-    """Children are trained by MindSpore with this recipe; `recipe.epochs` is the fidelity."""
+    """Children are trained by MindSpore with this recipe; `recipe.epochs` is the fidelity.
+
+    Attributes:
+        checkpoints: A folder in which every child in training keeps its state after its last epoch
+            (some megabytes, gone when it ends): one whose worker, node or engine died goes on from
+            there. All nodes must share it. None: it starts anew.
+    """
 
     name: Literal["train"]
     recipe: Recipe
+    checkpoints: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.checkpoints is not None and not os.path.isabs(self.checkpoints):
+            raise ValueError(
+                "checkpoints must be an absolute path, since workers have folders of their own,"
+                f" but got {self.checkpoints!r}"
+            )
 
 
 @record
@@ -76,6 +91,7 @@ class SyntheticEvaluatorConfig:
     measurement and is never shown as one.
 
     Attributes:
+        epochs: How many it pretends to train; the accuracy comes halfway nearer with each.
         seconds: How long an evaluation pretends to take.
         slowest_seconds: Each takes a time of its own between `seconds` and this, chosen by hash,
             most of them short ones; None: all the same.
@@ -83,11 +99,14 @@ class SyntheticEvaluatorConfig:
     """
 
     name: Literal["synthetic"]
+    epochs: int = 1
     seconds: float = 0.0
     slowest_seconds: float | None = None
     fail_share: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 1 <= self.epochs <= 1000:
+            raise ValueError(f"epochs must be in [1, 1000], but got {self.epochs}")
         if not 0 <= self.seconds <= 3600:
             raise ValueError(f"seconds must be in [0, 3600], but got {self.seconds!r}")
         if self.slowest_seconds is not None and not 0 < self.seconds <= self.slowest_seconds:
@@ -261,6 +280,7 @@ class CampaignConfig:
             come, in the order in which they came.
         executor: Where trials are evaluated.
         stop: When the search ends.
+        early_stop: Which children are stopped before their last epoch; null trains all to the end.
         warm_start: An earlier campaign to learn from first; null starts from nothing.
         baseline_share: Share of the trials, 0 to 0.5, that are drawn at random in the controller's
             place, so that the report can say what the controller gains.
@@ -277,6 +297,7 @@ class CampaignConfig:
     device: DeviceChoice | None = None
     other_devices: tuple[DeviceChoice, ...] = ()
     retrain: RetrainConfig | None = None
+    early_stop: EarlyStopConfig | None = None
     warm_start: WarmStartConfig | None = None
     baseline_share: float = 0.0
     seed: int = 0
@@ -296,6 +317,11 @@ class CampaignConfig:
             raise ValueError(f"seed must be in [0, 2**63), but got {self.seed}")
         if self.device is None and isinstance(self.evaluator, TrainEvaluatorConfig):
             raise ValueError("device must be given: training gives no latency, but got null")
+        if self.early_stop is not None and isinstance(self.evaluator, AccelNasBenchConfig):
+            raise ValueError(
+                "early_stop must be left out for the evaluator accel_nasbench, which trains"
+                f" nothing, but got {self.early_stop}"
+            )
         self._check_devices()
         shares_cores = any(getattr(device, "shares_cores", False) for device in self.devices)
         if self.mode == "async" and shares_cores:
@@ -343,6 +369,7 @@ RESUMABLE = (
     "executor.trials_per_process",
     "executor.max_memory_mb",
     "evaluator.data",
+    "evaluator.checkpoints",
     "evaluator.recipe.data.path",
     "retrain.recipe.data.path",
     "retrain.threads",

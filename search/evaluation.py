@@ -11,6 +11,9 @@ import hashlib
 import math
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -47,8 +50,66 @@ class Evaluation:
                 raise ValueError(f"metrics must be finite numbers, but {name} is {value!r}")
 
 
+class TrialStopped(Exception):
+    """A child that is not worth another epoch."""
+
+
+#: A metric with the accuracy after an epoch is named by it: accuracy@1, accuracy@2, ...
+_CURVE = "accuracy@"
+
+
+def curve_of(metrics: Mapping[str, float]) -> dict[int, float]:
+    """Return epoch -> accuracy after it, as far as a trial's metrics tell."""
+    return {
+        int(name.removeprefix(_CURVE)): value
+        for name, value in metrics.items()
+        if name.startswith(_CURVE)
+    }
+
+
 class Evaluator(ABC):
     """Gives networks their accuracy; see the module."""
+
+    #: Of the evaluation that runs: see `begin`.
+    _bars: Mapping[int, float] = MappingProxyType({})
+    _curve: Mapping[int, float] = MappingProxyType({})
+
+    def begin(self, bars: Mapping[int, float]) -> None:
+        """Begin an evaluation; called by the engine.
+
+        Args:
+            bars: Epoch -> the accuracy under which the training is stopped after it; epochs that
+                are not named are not looked at.
+        """
+        self._bars, self._curve = bars, {}
+
+    @property
+    def reports(self) -> bool:
+        """Whether the engine wants to be told the accuracy after each epoch."""
+        return bool(self._bars)
+
+    def report(self, epoch: int, accuracy: float) -> None:
+        """Tell the engine how far a training is; `evaluate` may call it after each epoch.
+
+        Args:
+            epoch: Epochs done, from 1.
+            accuracy: Fraction in [0, 1] on the images that `evaluate`'s is of.
+
+        Raises:
+            TrialStopped: The child is not worth another epoch; `evaluate` lets it pass.
+        """
+        if epoch not in self._bars:
+            return
+        self._curve = {**self._curve, epoch: accuracy}
+        if accuracy < self._bars[epoch]:
+            raise TrialStopped(
+                f"stopped early after epoch {epoch} of {self.epochs:g}: its accuracy"
+                f" {accuracy:.4f} is below {self._bars[epoch]:.4f}"
+            )
+
+    def curve_metrics(self) -> dict[str, float]:
+        """Return what was reported as metrics: see `curve_of`."""
+        return {f"{_CURVE}{epoch}": value for epoch, value in self._curve.items()}
 
     @property
     @abstractmethod
@@ -99,6 +160,7 @@ class TrainEvaluator(Evaluator):
 
     def __init__(self, config: TrainEvaluatorConfig, *, threads: int) -> None:
         self._recipe = config.recipe
+        self._checkpoints = config.checkpoints
         self._threads = threads
 
     @property
@@ -118,13 +180,26 @@ class TrainEvaluator(Evaluator):
         """Train with the recipe and return the validation accuracy."""
         from retrain.train import train
 
-        result = train(
-            architecture,
-            self._recipe,
-            seed=seed,
-            threads=self._threads,
-            deadline=time.monotonic() + time_limit_s,
-        )
+        kept = None
+        if self._checkpoints is not None:
+            from retrain.checkpoint import KeptState
+
+            name = f"{architecture.hash}-{seed}.safetensors"
+            kept = KeptState(Path(self._checkpoints) / name, architecture, self._recipe, seed)
+        try:
+            result = train(
+                architecture,
+                self._recipe,
+                seed=seed,
+                threads=self._threads,
+                deadline=time.monotonic() + time_limit_s,
+                on_epoch=self.report if self.reports else None,
+                state=kept.load() if kept else None,
+                on_state=kept.save if kept else None,
+            )
+        finally:
+            if kept:
+                kept.remove()
         return Evaluation(
             accuracy=result.accuracy,
             metrics={"train_loss": result.losses[-1], "images_per_s": result.images_per_s},
@@ -143,11 +218,17 @@ class SyntheticEvaluator(Evaluator):
         self._seconds = config.seconds
         self._slowest = config.slowest_seconds or config.seconds
         self._fail_share = config.fail_share
+        self._epochs = config.epochs
 
     @property
     def epochs(self) -> float:
-        """Always 1."""
-        return 1.0
+        """As configured."""
+        return float(self._epochs)
+
+    def metrics(self, architecture: Architecture) -> dict[str, float]:
+        """Return the made-up latency."""
+        macs, unit = count(architecture).macs, _hash_unit(architecture.hash)
+        return {"latency_ms": macs / 2e6 * (0.8 + 0.4 * unit) + 0.05}
 
     def warm_up(self) -> None:
         """There is nothing to load."""
@@ -157,23 +238,24 @@ class SyntheticEvaluator(Evaluator):
     ) -> Evaluation:
         """Return the made-up figures, after the time that the configuration asks for."""
         unit = _hash_unit(architecture.hash)
+        seconds = 0.0
         if self._seconds:
             # Uniform in the logarithm: skewed, as real trainings' times are.
             seconds = self._seconds * (self._slowest / self._seconds) ** unit
             if seconds > time_limit_s:
                 raise TrialFailed(f"time limit of {time_limit_s:g} s reached")
-            time.sleep(seconds)
         if unit < self._fail_share:
             raise TrialFailed("diverged: the synthetic evaluator was asked to fail this network")
         macs = count(architecture).macs
         noise = float(np.random.default_rng(seed).normal(0.0, 0.003))
         accuracy = 0.9 * macs / (macs + 2e6) + 0.08 * _hash_unit(architecture.hash[::-1]) + noise
-        latency_ms = macs / 2e6 * (0.8 + 0.4 * unit) + 0.05
-        return Evaluation(
-            accuracy=float(np.clip(accuracy, 0.0, 1.0)),
-            metrics={"latency_ms": latency_ms},
-            epochs=self.epochs,
-        )
+        accuracy = min(1.0, max(0.0, accuracy))
+        for epoch in range(1, self._epochs + 1):
+            if seconds:
+                time.sleep(seconds / self._epochs)
+            # Halfway to the end with every epoch.
+            self.report(epoch, accuracy * (1 - 0.5**epoch) / (1 - 0.5**self._epochs))
+        return Evaluation(accuracy, self.metrics(architecture), self.epochs)
 
 
 def _hash_unit(text: str) -> float:

@@ -5,8 +5,8 @@
     executor.quiesce()          # nothing of this executor uses the cores until the next submit
     executor.close()            # ends every process it started
 
-A job that ends without an accuracy comes back with a Failure. The Ray workers are in
-search/ray_executor.py.
+A job that ends without an accuracy comes back with a Failure, or Stopped before its time. The Ray
+workers are in search/ray_executor.py.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ import os
 import time
 import traceback
 from abc import ABC, abstractmethod
+from dataclasses import field, replace
 from typing import TYPE_CHECKING
 
-from search.evaluation import Evaluation, Evaluator, make_evaluator
+from search.evaluation import Evaluation, Evaluator, TrialStopped, make_evaluator
 from search.trial import Failure
 from space.architecture import Architecture
 from space.errors import TrialFailed
@@ -36,29 +37,42 @@ class Job:
         trial_id: The key that makes recording exactly-once.
         architecture: The network.
         seed: 0 to 2**32 - 1.
+        bars: Epoch -> the accuracy under which the training is stopped after it (early_stop).
     """
 
     trial_id: int
     architecture: Architecture
     seed: int
+    bars: dict[int, float] = field(default_factory=dict)
+
+
+@record
+class Stopped:
+    """A child that was not worth another epoch.
+
+    Attributes:
+        reason: One sentence.
+        metrics: The accuracies after its epochs.
+    """
+
+    reason: str
+    metrics: dict[str, float]
 
 
 @record
 class Finished:
-    """A job's end: exactly one of `evaluation` and `failure`.
+    """A job's end.
 
     Attributes:
         job: As submitted.
-        evaluation: The accuracy.
-        failure: Why there is none.
+        outcome: The accuracy, or why there is none.
         attempts: How often it was started.
         seconds: From the last start to the end.
         waited_s: From submission to the last start.
     """
 
     job: Job
-    evaluation: Evaluation | None
-    failure: Failure | None
+    outcome: Evaluation | Stopped | Failure
     attempts: int
     seconds: float
     waited_s: float
@@ -89,10 +103,16 @@ class Executor(ABC):
         """End every process that it started; jobs that are not finished are dropped."""
 
 
-def run_job(evaluator: Evaluator, job: Job, time_limit_s: float) -> Evaluation | Failure:
+def run_job(evaluator: Evaluator, job: Job, time_limit_s: float) -> Evaluation | Stopped | Failure:
     """Evaluate a job; whatever goes wrong inside becomes a Failure."""
     try:
-        return evaluator.evaluate(job.architecture, seed=job.seed, time_limit_s=time_limit_s)
+        evaluator.begin(job.bars)
+        found = evaluator.evaluate(job.architecture, seed=job.seed, time_limit_s=time_limit_s)
+        if not job.bars:
+            return found
+        return replace(found, metrics={**found.metrics, **evaluator.curve_metrics()})
+    except TrialStopped as stop:
+        return Stopped(str(stop), evaluator.curve_metrics())
     except TrialFailed as error:
         return Failure(error.reason, error.cause, error.detail)
     except MemoryError:
@@ -146,13 +166,15 @@ class SerialExecutor(Executor):
 
 
 def ended(
-    job: Job, outcome: Evaluation | Failure, attempts: int, started: float, submitted: float
+    job: Job,
+    outcome: Evaluation | Stopped | Failure,
+    attempts: int,
+    started: float,
+    submitted: float,
 ) -> Finished:
     """Return the end of a job that was submitted and last started at these monotonic times."""
-    evaluation = outcome if isinstance(outcome, Evaluation) else None
-    failure = outcome if isinstance(outcome, Failure) else None
     now = time.monotonic()
-    return Finished(job, evaluation, failure, attempts, now - started, started - submitted)
+    return Finished(job, outcome, attempts, now - started, started - submitted)
 
 
 def make_executor(config: SerialConfig | RayConfig, evaluator: EvaluatorChoice) -> Executor:

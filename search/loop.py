@@ -20,7 +20,8 @@ import numpy as np
 
 from controller.base import Controller, Proposal, Result, state_from_bytes, state_to_bytes
 from search.campaign import Campaign
-from search.executor import Executor, Finished, Job, make_executor
+from search.early_stop import EarlyStop
+from search.executor import Executor, Finished, Job, Stopped, make_executor
 from search.objective import Objective
 from search.parts import Parts
 from search.stop import Tally
@@ -89,6 +90,11 @@ class Search:
         self.latencies = parts.latencies(self.store)
         self.objective = Objective(self.config.objective, self.latencies.target_ms)
         self._tally = Tally(self.config.stop, self.store)
+        self._early_stop: EarlyStop | None = None
+        if self.config.early_stop is not None:
+            self._early_stop = EarlyStop(
+                self.config.early_stop, self.objective, parts.epochs, self.store.learned_trials()
+            )
         self._batch: dict[int, Trial] = {}
         self._networks: dict[int, Architecture] = {}
         self._next_id, self._next_batch = self.store.next_ids()
@@ -268,12 +274,16 @@ class Search:
         by_id = {trial.id: replace(trial, attempt=trial.attempt + 1) for trial in trials}
         self.store.start_attempts(list(by_id.values()))
         for trial in trials:
-            executor.submit(Job(trial.id, self._network(trial), trial.seed))
+            executor.submit(self._job(trial))
         while by_id:
             for finished in executor.wait(timeout_s=1.0):
                 trial = by_id.pop(finished.job.trial_id)
                 self._finish(self._trained(trial, finished))
                 self.watcher.advance()
+
+    def _job(self, trial: Trial) -> Job:
+        bars = self._early_stop.bars(trial.metrics or {}) if self._early_stop else {}
+        return Job(trial.id, self._network(trial), trial.seed, bars)
 
     def _trained(self, trial: Trial, finished: Finished) -> Trial:
         timings = {
@@ -282,9 +292,13 @@ class Search:
             "wait_s": finished.waited_s,
         }
         trial = replace(trial, attempt=trial.attempt + finished.attempts - 1, timings=timings)
-        if finished.evaluation is None:
-            return replace(trial, outcome="failed", failure=finished.failure)
-        evaluation, known = finished.evaluation, trial.metrics or {}
+        evaluation, known = finished.outcome, trial.metrics or {}
+        if isinstance(evaluation, Failure):
+            return replace(trial, outcome="failed", failure=evaluation)
+        if isinstance(evaluation, Stopped):
+            failure = Failure(evaluation.reason, "architecture")
+            metrics = {**known, **evaluation.metrics}
+            return replace(trial, outcome="stopped", metrics=metrics, failure=failure)
         # What a device measured is never overwritten by what an evaluator says.
         metrics = (
             {**evaluation.metrics, **known} if trial.measurement_ids else
@@ -334,7 +348,8 @@ class Search:
         self._batch[trial.id] = trial
         self._tally.note(trial)
         if trial.failure is not None:
-            logger.warning("trial %d %s: %s", trial.id, trial.outcome, trial.failure.reason)
+            level = logging.WARNING if trial.outcome == "failed" else logging.INFO
+            logger.log(level, "trial %d %s: %s", trial.id, trial.outcome, trial.failure.reason)
             if trial.failure.detail:
                 logger.info("trial %d detail:\n%s", trial.id, trial.failure.detail)
         self.watcher.trial(trial)
@@ -347,8 +362,14 @@ class Search:
         diagnostics = controller.diagnostics()
         self._note_time()
         self.store.commit_update(batch, [trial.id for trial in learned], diagnostics)
-        self._tally.note_batch(trials)
+        self._note_batch(trials)
         self.watcher.update(batch, diagnostics)
+
+    def _note_batch(self, trials: Sequence[Trial]) -> None:
+        """Count trials that the controller has learned from, for the rules."""
+        self._tally.note_batch(trials)
+        if self._early_stop is not None:
+            self._early_stop.note(trials)
 
     # ------------------------------------------------------------------ resume and stop
 

@@ -154,6 +154,14 @@ class Objective:
         parts = RewardParts(accuracy, latency, self.target_ms, ratio, exponent, factor, penalty)
         return accuracy * factor - penalty, parts
 
+    def accuracy_for(self, reward: float, metrics: Mapping[str, float]) -> float:
+        """Return the accuracy that gives a network with these metrics this reward.
+
+        It may lie outside [0, 1]: then no accuracy does.
+        """
+        _, parts = self.reward(1.0, metrics)
+        return (reward + parts.penalty) / parts.factor
+
     def score(
         self, accuracy: NDArray[np.float64], metrics: Mapping[str, NDArray[np.float64]]
     ) -> NDArray[np.float64]:

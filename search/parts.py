@@ -42,6 +42,12 @@ class Parts:
         self.meters = _make_meters(config)
         self.evaluator = make_evaluator(config.evaluator, threads=1)
         self.epochs = self.evaluator.epochs
+        early_stop = config.early_stop
+        if early_stop is not None and early_stop.after_epochs >= self.epochs:
+            raise ConfigError(
+                f"early_stop.after_epochs must be below the evaluator's {self.epochs:g} epochs, or"
+                f" it would never look at a child, but got {early_stop.after_epochs}."
+            )
         self.reference = self._reference()
         self._check_data()
         self.evaluator.check(self.space)

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from search.evaluation import Evaluation, make_evaluator
-from search.executor import Executor, Finished, Job, ended, run_job
+from search.executor import Executor, Finished, Job, Stopped, ended, run_job
 from search.trial import Failure
 from space.errors import ConfigError
 
@@ -61,7 +61,7 @@ class Worker:
         self._evaluator.warm_up()
         return os.getpid()
 
-    def run(self, job: Job, time_limit_s: float) -> tuple[Evaluation | Failure, float]:
+    def run(self, job: Job, time_limit_s: float) -> tuple[Evaluation | Stopped | Failure, float]:
         """Return the outcome and the process's resident memory in MB."""
         outcome = run_job(self._evaluator, job, time_limit_s)
         return outcome, psutil.Process().memory_info().rss / 2**20
@@ -425,7 +425,7 @@ class RayExecutor(Executor):
         slot.process = slot.successor or (self._start(slot) if slot.placed else None)
         slot.successor = None
 
-    def _end(self, running: _Running, outcome: Evaluation | Failure) -> Finished:
+    def _end(self, running: _Running, outcome: Evaluation | Stopped | Failure) -> Finished:
         waiting = running.waiting
         return ended(waiting.job, outcome, waiting.attempts, running.started, waiting.submitted)
 

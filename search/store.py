@@ -408,6 +408,12 @@ class Store:
             )
         )
 
+    def learned_trials(self) -> Iterator[Trial]:
+        """Yield the trials whose results some update names. Reads every row."""
+        yield from self._trials(
+            "WHERE id IN (SELECT value FROM batch_update, json_each(batch_update.trial_ids))"
+        )
+
     def trial(self, trial_id: int) -> Trial | None:
         """Return one trial, or None."""
         return next(self._trials("WHERE id = ?", [trial_id]), None)

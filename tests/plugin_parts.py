@@ -99,6 +99,14 @@ class ForgetfulController(RandomSearch):
         pass
 
 
+class TwoEpochs(FaultyEvaluator):
+    """Says to train for two epochs; its latency is known after the evaluation only."""
+
+    @property
+    def epochs(self) -> float:
+        return 2.0
+
+
 class NpuEvaluator(FaultyEvaluator):
     """Tells which NPU its worker was given; takes long enough for both workers to take part."""
 
