@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -291,37 +291,37 @@ class Search:
             "train_s": finished.seconds,
             "wait_s": finished.waited_s,
         }
-        trial = replace(trial, attempt=trial.attempt + finished.attempts - 1, timings=timings)
+        attempt = trial.attempt + finished.attempts - 1
         evaluation, known = finished.outcome, trial.metrics or {}
         if isinstance(evaluation, Failure):
-            return replace(trial, outcome="failed", failure=evaluation)
-        if isinstance(evaluation, Stopped):
+            result: dict[str, Any] = {"outcome": "failed", "failure": evaluation}
+        elif isinstance(evaluation, Stopped):
             failure = Failure(evaluation.reason, "architecture")
             metrics = {**known, **evaluation.metrics}
-            return replace(trial, outcome="stopped", metrics=metrics, failure=failure)
-        # What a device measured is never overwritten by what an evaluator says.
-        metrics = (
-            {**evaluation.metrics, **known} if trial.measurement_ids else
-            {**known, **evaluation.metrics}
-        )  # fmt: skip
-        return self._rewarded(trial, evaluation.accuracy, metrics)
+            result = {"outcome": "stopped", "metrics": metrics, "failure": failure}
+        else:
+            # What a device measured is never overwritten by what an evaluator says.
+            metrics = (
+                {**evaluation.metrics, **known} if trial.measurement_ids else
+                {**known, **evaluation.metrics}
+            )  # fmt: skip
+            result = self._rewarded(evaluation.accuracy, metrics)
+        return replace(trial, attempt=attempt, timings=timings, **result)
 
-    def _rewarded(self, trial: Trial, accuracy: float, metrics: Mapping[str, float]) -> Trial:
-        """The trial with its reward: completed, or failed if the figures give none."""
-        metrics = dict(metrics)
+    def _rewarded(self, accuracy: float, metrics: dict[str, float]) -> dict[str, Any]:
+        """What a trial becomes by these figures: completed, or failed if they give no reward."""
         try:
             reward, parts = self.objective.reward(accuracy, metrics)
         except ValueError as error:
             failure = Failure(f"no reward: {error}", "infrastructure")
-            return replace(trial, outcome="failed", metrics=metrics, failure=failure)
-        return replace(
-            trial,
-            outcome="completed",
-            accuracy=accuracy,
-            metrics=metrics,
-            reward=reward,
-            parts=parts,
-        )
+            return {"outcome": "failed", "metrics": metrics, "failure": failure}
+        return {
+            "outcome": "completed",
+            "accuracy": accuracy,
+            "metrics": metrics,
+            "reward": reward,
+            "parts": parts,
+        }
 
     def _reuse(self, trial: Trial, original: Trial) -> None:
         """The result of an identical network at equal fidelity, said to be one."""
@@ -410,7 +410,7 @@ class Search:
         for trial in self._measured([trial for trial in sized if trial.outcome is None]):
             if trial.outcome is None:
                 assert trial.accuracy is not None  # only completed ones are carried over
-                trial = self._rewarded(trial, trial.accuracy, trial.metrics or {})
+                trial = replace(trial, **self._rewarded(trial.accuracy, trial.metrics or {}))
             yield trial
 
     def _open_batch(self) -> list[Trial]:

@@ -226,11 +226,11 @@ class Store:
     def finish_trial(self, trial: Trial) -> bool:
         """(b) Record a result; exactly once: False if the trial already had one."""
         sets = ", ".join(f"{name} = ?" for name in _RESULT_COLUMNS)
-        with self._transaction():
-            cursor = self._db.execute(
-                f"UPDATE trial SET {sets} WHERE id = ? AND outcome IS NULL",
-                [*_values(trial, _RESULT_COLUMNS), trial.id],
-            )
+        # One statement is a transaction of its own.
+        cursor = self._db.execute(
+            f"UPDATE trial SET {sets} WHERE id = ? AND outcome IS NULL",
+            [*_values(trial, _RESULT_COLUMNS), trial.id],
+        )
         return cursor.rowcount == 1
 
     def commit_update(

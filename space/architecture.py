@@ -117,8 +117,17 @@ class Layer:
     output_size: int
 
 
+class _Named:
+    """Where an Architecture keeps its text and hash, which are asked for all the time."""
+
+    __slots__ = ("_hash", "_text")
+
+    _hash: str
+    _text: str
+
+
 @record
-class Architecture:
+class Architecture(_Named):
     """A whole network, canonical and hashable.
 
     Attributes:
@@ -179,12 +188,24 @@ class Architecture:
     @property
     def text(self) -> str:
         """The text form (see the module's docstring); `parse_architecture` reads it back."""
-        return _text(self)
+        try:
+            return self._text
+        except AttributeError:
+            object.__setattr__(self, "_text", _text(self))
+            return self._text
 
     @property
     def hash(self) -> str:
         """16 hexadecimal digits that identify the network in caches, files and the database."""
-        return hashlib.sha256(self.text.encode()).hexdigest()[:16]
+        try:
+            return self._hash
+        except AttributeError:
+            digest = hashlib.sha256(self.text.encode()).hexdigest()[:16]
+            object.__setattr__(self, "_hash", digest)
+            return digest
+
+    def __hash__(self) -> int:
+        return hash(self.text)
 
     def layers(self) -> tuple[Layer, ...]:
         """All layers between stem and head, in order, with their shapes."""
@@ -364,7 +385,6 @@ def _parse_optional_tokens(text: str, tokens: list[str]) -> tuple[float, Skip, b
     return float(ratio or 0), skips[skip], conv is not None
 
 
-@functools.lru_cache(maxsize=1024)
 def _text(architecture: Architecture) -> str:
     stem = f"stem{architecture.stem_filters}" + ("_s11" if architecture.stem_stride == 1 else "")
     parts, filters = [stem], architecture.stem_filters

@@ -8,7 +8,8 @@ Every count is an exact integer and depends on the Architecture alone: both padd
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 from space.architecture import Architecture, BlockSpec, Layer, block_layers, format_block
 from space.records import record
@@ -56,8 +57,7 @@ class StageCost:
     activations: int
 
 
-@record
-class _Convolution:
+class _Convolution(NamedTuple):
     """A convolution: with batch norm, or with bias (squeeze-and-excitation)."""
 
     weights: int
@@ -65,104 +65,92 @@ class _Convolution:
     output_size: int
     batch_norm: bool
 
-    @property
-    def parameters(self) -> int:
-        return self.weights + self.filters * (2 if self.batch_norm else 1)
-
-    @property
-    def statistics(self) -> int:
-        return 2 * self.filters if self.batch_norm else 0
-
-    @property
-    def macs(self) -> int:
-        return self.weights * self.output_size**2
-
-    @property
-    def activations(self) -> int:
-        return self.filters * self.output_size**2
-
 
 @functools.lru_cache(maxsize=1024)
 def count(architecture: Architecture) -> Cost:
-    """Return the whole network's cost."""
-    stages = stage_table(architecture)
-    return Cost(
-        parameters=sum(stage.parameters for stage in stages),
-        parameters_with_statistics=sum(stage.parameters_with_statistics for stage in stages),
-        macs=sum(stage.macs for stage in stages),
-        activations=sum(stage.activations for stage in stages),
-    )
+    """Return the whole network's cost: the sum of its stages'."""
+    filters, size = architecture.stem_filters, architecture.stem_size
+    parts = [_totals([_stem(architecture)])]
+    for block in architecture.blocks:
+        totals, size = _block_totals(block, filters, size)
+        parts.append(totals)
+        filters = block.filters
+    parts.append(_totals([_head(architecture, filters, size)]))
+    parts.append(_classifier(architecture))
+    return Cost(*map(sum, zip(*parts, strict=True)))
 
 
 def stage_table(architecture: Architecture) -> tuple[StageCost, ...]:
     """Return the cost of stem, blocks, head and classifier, in order; they add up to `count`."""
-    size, filters = architecture.stem_size, architecture.stem_filters
-    stem = _Convolution(9 * architecture.input_channels * filters, filters, size, True)
+    filters, size = architecture.stem_filters, architecture.stem_size
+    pixels, stride = architecture.resolution, architecture.stem_stride
     rows = [
-        _stage(
-            "stem",
-            f"k3_s{architecture.stem_stride}{architecture.stem_stride}_o{filters}",
-            (architecture.input_channels, architecture.resolution, architecture.resolution),
-            (filters, size, size),
-            [stem],
-        )
-    ]
-    for index, block in enumerate(architecture.blocks):
-        stage = _block_stage(index, block, filters, size)
-        rows.append(stage)
-        filters, size = block.filters, stage.output_shape[1]
-    head = architecture.head_filters
-    rows.append(
-        _stage(
-            "head",
-            f"k1_s11_o{head}",
-            (filters, size, size),
-            (head, size, size),
-            [_Convolution(filters * head, head, size, True)],
-        )
-    )
-    classes = architecture.classes
-    dense = head * classes
-    rows.append(
         StageCost(
-            "classifier", f"c{classes}", (head, 1, 1), (classes,),
-            dense + classes, dense + classes, dense, 0,
+            "stem", f"k3_s{stride}{stride}_o{filters}",
+            (architecture.input_channels, pixels, pixels), (filters, size, size),
+            *_totals([_stem(architecture)]),
         )
-    )  # fmt: skip
+    ]  # fmt: skip
+    for index, block in enumerate(architecture.blocks):
+        totals, out_size = _block_totals(block, filters, size)
+        rows.append(
+            StageCost(
+                f"block {index}", format_block(block, filters),
+                (filters, size, size), (block.filters, out_size, out_size), *totals,
+            )
+        )  # fmt: skip
+        filters, size = block.filters, out_size
+    head, classes = architecture.head_filters, architecture.classes
+    rows += [
+        StageCost(
+            "head", f"k1_s11_o{head}", (filters, size, size), (head, size, size),
+            *_totals([_head(architecture, filters, size)]),
+        ),
+        StageCost(
+            "classifier", f"c{classes}", (head, 1, 1), (classes,), *_classifier(architecture)
+        ),
+    ]  # fmt: skip
     return tuple(rows)
 
 
-@functools.lru_cache(maxsize=4096)
-def _block_stage(index: int, block: BlockSpec, filters: int, size: int) -> StageCost:
-    layers = block_layers(index, block, filters, size)
-    out_size = layers[-1].output_size
-    return _stage(
-        f"block {index}",
-        format_block(block, filters),
-        (filters, size, size),
-        (block.filters, out_size, out_size),
-        [convolution for layer in layers for convolution in _convolutions(layer)],
-    )
+#: In the order of Cost's attributes.
+_Totals = tuple[int, int, int, int]
 
 
-def _stage(
-    name: str,
-    text: str,
-    input_shape: tuple[int, ...],
-    output_shape: tuple[int, ...],
-    convolutions: list[_Convolution],
-) -> StageCost:
-    parameters = sum(c.parameters for c in convolutions)
-    return StageCost(
-        name=name,
-        text=text,
-        input_shape=input_shape,
-        output_shape=output_shape,
-        parameters=parameters,
-        parameters_with_statistics=parameters + sum(c.statistics for c in convolutions),
-        macs=sum(c.macs for c in convolutions),
-        activations=sum(c.activations for c in convolutions),
-    )
+# As many as the paper's space has, where they differ in the channels before them.
+@functools.lru_cache(maxsize=16384)
+def _block_totals(block: BlockSpec, filters: int, size: int) -> tuple[_Totals, int]:
+    """What a block at a place costs, and the pixels after it."""
+    layers = block_layers(0, block, filters, size)
+    totals = _totals(convolution for layer in layers for convolution in _convolutions(layer))
+    return totals, layers[-1].output_size
+
+
+def _totals(convolutions: Iterable[_Convolution]) -> _Totals:
+    parameters = statistics = macs = activations = 0
+    for weights, filters, size, batch_norm in convolutions:
+        parameters += weights + (2 * filters if batch_norm else filters)
+        statistics += 2 * filters if batch_norm else 0
+        macs += weights * size**2
+        activations += filters * size**2
+    return parameters, parameters + statistics, macs, activations
+
+
+def _stem(architecture: Architecture) -> _Convolution:
+    filters = architecture.stem_filters
+    weights = 9 * architecture.input_channels * filters
+    return _Convolution(weights, filters, architecture.stem_size, True)
+
+
+def _head(architecture: Architecture, filters: int, size: int) -> _Convolution:
+    head = architecture.head_filters
+    return _Convolution(filters * head, head, size, True)
+
+
+def _classifier(architecture: Architecture) -> _Totals:
+    dense = architecture.head_filters * architecture.classes
+    parameters = dense + architecture.classes
+    return parameters, parameters, dense, 0
 
 
 def _convolutions(layer: Layer) -> Iterator[_Convolution]:

@@ -180,8 +180,11 @@ class SearchSpace:
         self.num_choices: tuple[int, ...] = tuple(len(d.choices) for d in self.decisions)
         self._tables: dict[tuple[int, int], dict[BlockSpec, Tokens]] = {}
         try:
-            for index in range(len(self._options)):
-                list(self._block_specs(index))
+            #: Each block's tokens -> what stands there, and where its tokens are.
+            self._blocks = [dict(self._block_specs(i)) for i in range(len(self._options))]
+            widths = [len(next(iter(specs))) for specs in self._blocks]
+            ends = list(itertools.accumulate(widths))
+            self._places = [slice(end - n, end) for end, n in zip(ends, widths, strict=True)]
             if self.decisions:
                 self.decode((0,) * len(self.decisions))
         except ValueError as error:
@@ -254,14 +257,11 @@ class SearchSpace:
         Raises:
             ValueError: See `check`.
         """
-        remaining = iter(self.check(tokens))
-        blocks = []
-        for options, block in zip(self._options, self.config.blocks, strict=True):
-            picked = tuple(v[next(remaining)] if len(v) > 1 else v[0] for v in options)
-            blocks.append(_block_spec(picked, block.stride))
+        checked = self.check(tokens)
+        blocks = zip(self._blocks, self._places, strict=True)
         return Architecture(
             stem_filters=self.config.stem,
-            blocks=tuple(blocks),
+            blocks=tuple(specs[checked[place]] for specs, place in blocks),
             head_filters=self.config.head,
             resolution=self.config.resolution,
             classes=self.config.classes,
@@ -401,14 +401,13 @@ class SearchSpace:
         key = (index, input_filters)
         if key not in self._tables:
             table: dict[BlockSpec, Tokens] = {}
-            for tokens, block in self._block_specs(index):
+            for tokens, block in self._blocks[index].items():
                 # The first tokens in order are the lowest.
                 table.setdefault(block.canonical(input_filters), tokens)
             self._tables[key] = table
         return self._tables[key]
 
 
-@functools.lru_cache(maxsize=4096)
 def _block_spec(values: tuple[Any, ...], stride: int) -> BlockSpec:
     op_text, kernel_size, se_ratio, skip, filters, layers = values
     op, expand_ratio = _parse_op(op_text)

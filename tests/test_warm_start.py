@@ -192,7 +192,8 @@ def _ids(trials: list[Trial]) -> list[int]:
 def test_an_evaluator_that_knows_no_metrics_leaves_a_probe_without_an_answer(
     tmp_path: Path,
 ) -> None:
-    start(load(tmp_path / "x", PLUGIN, trials=8), tmp_path / "x" / "run")
+    silent = "evaluator={class: 'plugin_parts:FaultyEvaluator', options: {}}"
+    start(load(tmp_path / "x", PLUGIN, silent, trials=8), tmp_path / "x" / "run")
     assert Curious.metrics == []
 
 
