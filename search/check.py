@@ -236,6 +236,9 @@ def _devices(config: CampaignConfig) -> Iterator[Finding]:
     """One line for a device that is there, one for each thing that it lacks."""
     for device in config.devices:
         name = f"device {device.name}"
+        if device.name in config.at_nodes:
+            yield Finding(name, "unknown", "hangs at a node of Ray's cluster, which is not asked")
+            continue
         if isinstance(device, PluginConfig):
             yield Finding(name, "unknown", f"{device.class_path} is asked when it measures")
             continue
@@ -278,16 +281,21 @@ def parts_here(config: CampaignConfig, findings: Sequence[Finding]) -> Parts:
     """
     devices = [
         OnnxRuntimeConfig(device.name, "onnxruntime", shares_cores=False)
-        if lacks(findings, f"device {device.name}")
+        if lacks(findings, f"device {device.name}") or device.name in config.at_nodes
         else device
         for device in config.devices
     ]
-    stand_in = SyntheticEvaluatorConfig("synthetic")
+    recipe = getattr(config.evaluator, "recipe", None)
+    stand_in = SyntheticEvaluatorConfig("synthetic", recipe.epochs if recipe else 1)
+    executor = config.executor
+    if isinstance(executor, RayConfig):
+        executor = replace(executor, devices=())
     return Parts(
         replace(
             config,
             evaluator=stand_in if lacks(findings, "evaluator") else config.evaluator,
             retrain=None if lacks(findings, "retrain") else config.retrain,
+            executor=executor,
             device=devices[0] if devices else None,
             other_devices=tuple(devices[1:]),
         )

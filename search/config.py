@@ -139,6 +139,8 @@ class RayConfig:
         npus: Ascend NPUs of a worker, 0 or 1. Ray gives each worker one of its own and shows it
             no other (ASCEND_RT_VISIBLE_DEVICES).
         address: A cluster to join, `auto` for one on this machine; None starts a local one.
+        devices: Names of the campaign's devices that hang at other nodes of the cluster, which
+            offer them as resources `device:NAME`: they are measured there (search/node_meter.py).
         trials_per_process: A worker's process is replaced after so many trials, since MindSpore
             does not give all memory back.
         max_memory_mb: ... or when its resident memory exceeds this.
@@ -151,6 +153,7 @@ class RayConfig:
     threads: int = 1
     npus: int = 0
     address: str | None = None
+    devices: tuple[str, ...] = ()
     trials_per_process: int = 16
     max_memory_mb: int = 3000
     time_limit_s: float = 1800.0
@@ -162,6 +165,11 @@ class RayConfig:
         for name in ("threads", "trials_per_process", "max_memory_mb"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, but got {getattr(self, name)}")
+        if self.devices and self.address is None:
+            raise ValueError(
+                "devices must be left out without the address of a cluster, but got"
+                f" {list(self.devices)}"
+            )
         if self.npus not in (0, 1):
             raise ValueError(f"npus must be 0 or 1, but got {self.npus}")
         if self.time_limit_s <= 0:
@@ -335,9 +343,20 @@ class CampaignConfig:
         """Return all devices, the first one first."""
         return () if self.device is None else (self.device, *self.other_devices)
 
+    @property
+    def at_nodes(self) -> tuple[str, ...]:
+        """Return the names of the devices that are measured at other nodes of the cluster."""
+        return self.executor.devices if isinstance(self.executor, RayConfig) else ()
+
     def _check_devices(self) -> None:
         """What several devices need: names, a target each, weights for all of them or none."""
         names = [device.name for device in self.devices]
+        unknown = sorted(set(self.at_nodes) - set(names))
+        if unknown:
+            raise ValueError(
+                f"executor.devices must be among the campaign's devices {names}, but got"
+                f" {unknown[0]!r}"
+            )
         if self.other_devices and self.device is None:
             raise ValueError("other_devices must be left out without device")
         if len(set(names)) < len(names):
@@ -364,6 +383,7 @@ RESUMABLE = (
     "stop",
     "executor.workers",
     "executor.address",
+    "executor.devices",
     "executor.time_limit_s",
     "executor.retries",
     "executor.trials_per_process",

@@ -55,6 +55,9 @@ class Silent:
     def line(self, text: str) -> None:
         """Ignore it."""
 
+    def note(self, text: str) -> None:
+        """Ignore it."""
+
 
 @record
 class CampaignOutcome:

@@ -56,6 +56,9 @@ class Watcher(Protocol):
     def update(self, batch: int, diagnostics: Mapping[str, float]) -> None:
         """The controller has learned from a batch."""
 
+    def note(self, text: str) -> None:
+        """A sentence that a reader should not miss."""
+
 
 def trial_seed(campaign_seed: int, trial_id: int, purpose: int = TRAINING) -> int:
     """Return the seed of a trial's training, 0 to 2**32 - 1: independent of all others."""
@@ -362,14 +365,25 @@ class Search:
         diagnostics = controller.diagnostics()
         self._note_time()
         self.store.commit_update(batch, [trial.id for trial in learned], diagnostics)
-        self._note_batch(trials)
+        self._note_batch(batch, trials)
         self.watcher.update(batch, diagnostics)
 
-    def _note_batch(self, trials: Sequence[Trial]) -> None:
+    def _note_batch(self, number: int, trials: Sequence[Trial]) -> None:
         """Count trials that the controller has learned from, for the rules."""
+        if number == 0:
+            self._tell_feasible(trials)
         self._tally.note_batch(trials)
         if self._early_stop is not None:
             self._early_stop.note(trials)
+
+    def _tell_feasible(self, trials: Sequence[Trial]) -> None:
+        """Say early whether the target is within reach."""
+        found = self.objective.feasible([trial.metrics or {} for trial in trials])
+        if found is not None:
+            sentence, meeting = found
+            logger.log(logging.INFO if meeting else logging.WARNING, "%s", sentence)
+            self.store.add_event("feasible", sentence)
+            self.watcher.note(sentence)
 
     # ------------------------------------------------------------------ resume and stop
 

@@ -15,7 +15,7 @@ for networks of perfect accuracy, the slope of `soft` at the target.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import field
 from typing import Literal
 
@@ -173,6 +173,23 @@ class Objective:
         else:
             rewards = accuracy * ratio ** np.where(ratio <= 1, self.alpha, self.beta)
         return rewards
+
+    def feasible(self, metrics: Sequence[Mapping[str, float]]) -> tuple[str, int] | None:
+        """Return a sentence about how many networks meet the target and caps, and their number.
+
+        None if no network's latency is known.
+        """
+        known = [m for m in metrics if LATENCY in m]
+        if not known:
+            return None
+        meeting = sum(m[LATENCY] <= self.target_ms and self.rejects(m) is None for m in known)
+        latencies = sorted(m[LATENCY] for m in known)
+        what = f"the target of {self.target_ms:.4g} ms{' and the caps' if self.caps else ''}"
+        spread = f"they take {latencies[0]:.4g} to {latencies[-1]:.4g} ms"
+        if meeting:
+            return f"{meeting} of the first {len(known)} networks meet {what}; {spread}", meeting
+        advice = "choose a target that this space can meet on this device, if none is found"
+        return f"none of the first {len(known)} networks meets {what}; {spread}; {advice}", 0
 
     def rejects(self, metrics: Mapping[str, float]) -> str | None:
         """Return why a network is not to be trained at all, or None; unknown metrics pass."""

@@ -120,7 +120,7 @@ class Parts:
     def _reference_meters(self) -> dict[str, LatencyMeter]:
         """What measures the reference network; a device without efforts is opened only once."""
         return {
-            device.name: _make_meter(device, full=True)
+            device.name: _make_meter(self.config, device, full=True)
             if isinstance(device, (OnnxRuntimeConfig, SshConfig))
             else self.meters[device.name]
             for device in self.config.devices
@@ -147,10 +147,26 @@ def campaign_space(config: CampaignConfig) -> SearchSpace:
 
 
 def _make_meters(config: CampaignConfig, *, full: bool = False) -> dict[str, LatencyMeter]:
-    return {device.name: _make_meter(device, full=full) for device in config.devices}
+    return {device.name: _make_meter(config, device, full=full) for device in config.devices}
 
 
-def _make_meter(device: DeviceConfig | PluginConfig, *, full: bool) -> LatencyMeter:
+def _make_meter(
+    config: CampaignConfig, device: DeviceConfig | PluginConfig, *, full: bool
+) -> LatencyMeter:
+    if device.name not in config.at_nodes:
+        return device_meter(device, full=full)
+    assert isinstance(config.executor, RayConfig)  # nodes are a cluster's
+    from search.node_meter import NodeMeter
+
+    return NodeMeter(config.executor, device, full=full)
+
+
+def device_meter(device: DeviceConfig | PluginConfig, *, full: bool) -> LatencyMeter:
+    """Return what measures on a device of this machine; `full`: never quickly.
+
+    Raises:
+        ConfigError: A user's class cannot be loaded, or the device's settings do not work here.
+    """
     if isinstance(device, PluginConfig):
         cls = load_class(device.class_path, base=LatencyMeter, where="device")
         made: LatencyMeter = cls(device.options)

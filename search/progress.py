@@ -94,6 +94,10 @@ class Progress:
         if self._live is None:
             self._console.print(f"  {text}", highlight=False, markup=False, soft_wrap=True)
 
+    def note(self, text: str) -> None:
+        """A sentence that a reader should not miss."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
     def _left(self) -> str:
         here = self._done - self._done_at_start
         if here <= 0:

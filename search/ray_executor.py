@@ -15,16 +15,14 @@ from __future__ import annotations
 import collections
 import logging
 import os
-import signal
-import socket
-import threading
 import time
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from search.evaluation import Evaluation, make_evaluator
+from search.evaluation import Evaluation, Evaluator, make_evaluator
 from search.executor import Executor, Finished, Job, Stopped, ended, run_job
+from search.ray_cluster import connect
 from search.trial import Failure
 from space.errors import ConfigError
 
@@ -37,6 +35,8 @@ logger = logging.getLogger(__name__)
 KILL_GRACE_S = 15.0
 #: A worker that is not ready after so long is replaced.
 START_LIMIT_S = 180.0
+#: The pause before a job whose worker died is tried again: 1 s, doubled each time, up to this.
+MAX_PAUSE_S = 60.0
 #: So many workers in a row that die before they are ready end the campaign.
 MAX_FAILED_STARTS = 3
 #: Ray has so long to find a place for the workers at the start.
@@ -54,15 +54,20 @@ class Worker:
         # Before any numerical library is loaded; a worker must not use its neighbours' cores.
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
             os.environ[name] = str(threads)
-        self._evaluator = make_evaluator(evaluator, threads=threads)
+        self._config = evaluator
+        self._threads = threads
+        self._evaluator: Evaluator | None = None
 
     def warm_up(self) -> int:
         """Load what evaluations need; return the process id."""
+        # Not in the constructor, whose exceptions Ray hides behind one of its own.
+        self._evaluator = make_evaluator(self._config, threads=self._threads)
         self._evaluator.warm_up()
         return os.getpid()
 
     def run(self, job: Job, time_limit_s: float) -> tuple[Evaluation | Stopped | Failure, float]:
         """Return the outcome and the process's resident memory in MB."""
+        assert self._evaluator is not None  # it is warm before there is a job
         outcome = run_job(self._evaluator, job, time_limit_s)
         return outcome, psutil.Process().memory_info().rss / 2**20
 
@@ -108,6 +113,8 @@ class _Waiting:
         self.submitted = time.monotonic()
         self.attempts = 0
         self.nodes_lost = 0  # while it ran there
+        self.not_before = self.submitted
+        self.tried: set[int] = set()  # slots, by id(), whose worker died of it or beside it
 
 
 class RayExecutor(Executor):
@@ -126,7 +133,7 @@ class RayExecutor(Executor):
         self._evaluator = evaluator
         self._queue: collections.deque[_Waiting] = collections.deque()
         self._failed_starts = 0
-        self._ray = _connect(config)
+        self._ray = connect(config)
         self._actor_class = self._ray.remote(Worker)
         self._nodes: set[str] = set()
         self._nodes_lost = 0
@@ -352,13 +359,29 @@ class RayExecutor(Executor):
             process = slot.process
             if process is None or not process.ready or not self._queue:
                 continue
-            waiting = self._queue.popleft()
+            waiting = self._next_for(slot)
+            if waiting is None:
+                continue
             waiting.attempts += 1
             process.trials += 1
             result = process.actor.run.remote(waiting.job, self._config.time_limit_s)
             slot.running = _Running(waiting, result)
             if process.trials == self._config.trials_per_process and slot.successor is None:
                 slot.successor = self._start(slot)
+
+    def _next_for(self, slot: _Slot) -> _Waiting | None:
+        """Take the first job from the queue that this slot may have now.
+
+        A job whose worker died waits a while, and then for another slot than those it was tried
+        in, where there is one: what killed its worker may be the node's fault.
+        """
+        now, places = time.monotonic(), {id(s) for s in self._slots if s.placed}
+        for waiting in self._queue:
+            tried_here = id(slot) in waiting.tried and bool(places - waiting.tried)
+            if now >= waiting.not_before and not tried_here:
+                self._queue.remove(waiting)
+                return waiting
+        return None
 
     def _recycle(self, slot: _Slot) -> None:
         """Replace an idle process that has done its share."""
@@ -398,6 +421,7 @@ class RayExecutor(Executor):
         except self._ray.exceptions.RayError as error:
             node_lost = self._lost_its_node(slot.process)
             self._replace(slot)
+            running.waiting.tried.add(id(slot))
             return self._retry(running, error, node_lost=node_lost)
         return [self._end(running, outcome)]
 
@@ -408,11 +432,15 @@ class RayExecutor(Executor):
         """
         gist = _gist(error)
         running.waiting.nodes_lost += node_lost
-        if running.waiting.attempts - running.waiting.nodes_lost <= self._config.retries:
+        own = running.waiting.attempts - running.waiting.nodes_lost
+        if own <= self._config.retries:
+            pause = min(MAX_PAUSE_S, 0.5 * 2**own) if own else 0.0
+            running.waiting.not_before = time.monotonic() + pause
             logger.warning(
-                "trial %d: its worker died (%s); it is tried again on another one",
+                "trial %d: its worker died (%s); it is tried again on another one in %g s",
                 running.waiting.job.trial_id,
                 gist,
+                pause,
             )
             self._queue.appendleft(running.waiting)
             return []
@@ -436,62 +464,3 @@ def _gist(error: Exception) -> str:
     # After the worker's traceback, its exception is the last line; a dead process has none.
     traced = any(line.lstrip().startswith("File ") for line in lines)
     return lines[-1 if traced else 0].strip()
-
-
-def _connect(config: RayConfig) -> Any:
-    """Import Ray and join or start a cluster."""
-    # Workers inherit these; the driver's own environment decides where nothing is set.
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-    import ray.exceptions
-    import ray.util
-    import ray.util.scheduling_strategies
-
-    # Its remarks about a cluster's defaults are not for the user of a campaign; errors still come.
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    _check_reachable(config.address)
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        if config.address is None:
-            ray.init(
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=200 * 2**20,
-                configure_logging=False,
-            )
-        else:
-            ray.init(
-                address=config.address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                configure_logging=False,
-            )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        raise ConfigError(
-            f"executor.address: cannot join Ray at {config.address!r}: {first_line}"
-        ) from error
-    # Ray's own handler prints a stack and ends the engine at once.
-    if on_sigterm is not None and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)
-    return ray
-
-
-def _check_reachable(address: str | None) -> None:
-    """Refuse at once a cluster that nobody listens for: Ray would try for minutes.
-
-    Raises:
-        ConfigError: No connection to `host:port` within 5 s.
-    """
-    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
-    if not colon or not port.isdecimal():
-        return
-    try:
-        socket.create_connection((host, int(port)), timeout=5).close()
-    except (OSError, OverflowError) as error:
-        raise ConfigError(
-            f"executor.address: no Ray cluster answers at {address!r} ({error}); start it with"
-            " `ray start --head`, or leave the address out for a local one."
-        ) from None

@@ -41,6 +41,10 @@ class TensorBoard:
         """Pass it on."""
         self._watcher.line(text)
 
+    def note(self, text: str) -> None:
+        """Pass it on."""
+        self._watcher.note(text)
+
     def trial(self, trial: Trial) -> None:
         """Draw a trial's figures."""
         self._watcher.trial(trial)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -18,7 +19,7 @@ from search.config import TrainEvaluatorConfig, load_campaign_config
 from search.evaluation import Evaluation, Evaluator, TrainEvaluator
 from space.architecture import PAPER_STYLE, Architecture, NetworkStyle, graph_hash
 from space.cost import count
-from space.errors import MeasurementError, TrialFailed
+from space.errors import ConfigError, MeasurementError, TrialFailed
 
 
 class FaultyEvaluator(Evaluator):
@@ -80,6 +81,25 @@ class FaultyDevice(LatencyMeter):
         )
 
 
+class DeviceAtNode(FaultyDevice):
+    """Tells which process measured; the process dies of every second network."""
+
+    def identity(self) -> dict[str, Any]:
+        if "PLUGIN_DEVICE" not in os.environ:
+            raise MeasurementError("this is not the device's node")
+        return {"name": "plugin", "kind": "test"}
+
+    def measure(
+        self, architecture: Architecture, style: NetworkStyle = PAPER_STYLE
+    ) -> Measurement:
+        if int(architecture.hash, 16) % 2 == 0:
+            os._exit(1)
+        environment = {"pid": os.getpid()}
+        return Measurement(
+            (1.0,) * 3, 1, 0, 1, graph_hash(architecture, style), self.identity(), environment, {}
+        )
+
+
 class NotAController:
     """Not a subclass of Controller."""
 
@@ -97,6 +117,15 @@ class ForgetfulController(RandomSearch):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         pass
+
+
+class RefusesInWorkers(FaultyEvaluator):
+    """Finds its data in the engine's process, but not in a worker's."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        if "pytest" not in sys.modules:
+            raise ConfigError("options: no data are here")
 
 
 class TwoEpochs(FaultyEvaluator):

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
-from campaigns import comparable, controller_states, rows, write_synthetic
+from campaigns import TESTS, comparable, controller_states, mnas, rows, write_synthetic
 
 from search.campaign import open_to_write
 from search.config import (
@@ -145,6 +147,39 @@ def test_extending_a_finished_campaign_equals_one_that_was_never_stopped(
     resume(parts, ["stop.trials=64"])
     assert rows(parts) == rows(whole)
     assert controller_states(parts) == controller_states(whole)
+
+
+@pytest.mark.parametrize(
+    ("target_ms", "sentence"),
+    [
+        (1e-6, "none of the first 8 networks meets the target"),
+        (3.0, "of the first 8 networks meet"),
+    ],
+)
+def test_after_the_first_batch_it_says_whether_the_target_is_within_reach(
+    tmp_path: Path, target_ms: float, sentence: str
+) -> None:
+    path = write_synthetic(tmp_path, trials=24, controller="random")
+    told = mnas(
+        "search", str(path), f"objective.target_ms={target_ms}", "--out", str(tmp_path / "r")
+    )
+    assert told.stdout.count(sentence) == 1
+    assert sentence in (tmp_path / "r" / "report.html").read_text()
+
+
+def test_a_class_that_refuses_its_options_in_a_worker_says_why_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
+    config = plugin_config(
+        tmp_path,
+        evaluator={"class": "plugin_parts:RefusesInWorkers", "options": {}},
+        executor={"name": "ray", "workers": 1},
+    )
+    started = time.monotonic()
+    with pytest.raises(ConfigError, match=r"^options: no data are here$"):
+        start(config, tmp_path / "run")
+    assert time.monotonic() - started < 60
 
 
 def test_a_changed_setting_is_logged_and_a_forbidden_one_refused(tmp_path: Path) -> None:

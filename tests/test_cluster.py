@@ -16,11 +16,12 @@ import psutil
 import pytest
 from campaigns import TESTS, mnas, rows, start_mnas, wait_for_results, write_synthetic
 
-from search.config import PluginConfig, RayConfig, load_campaign_config
+from search.config import PluginConfig, RayConfig, campaign_config, load_campaign_config
 from search.engine import start
 from search.executor import Finished, Job
 from search.ray_executor import RayExecutor
 from search.store import Store
+from space.errors import ConfigError
 from space.mnasnet import find_architecture
 
 SLOWLY = ["evaluator.seconds=0.1", "evaluator.slowest_seconds=0.5"]
@@ -80,6 +81,46 @@ def workers() -> list[psutil.Process]:
         if command[0].startswith("ray::Worker"):
             found.append(process)
     return found
+
+
+@pytest.mark.slow
+def test_a_device_is_measured_at_the_node_where_it_hangs(
+    tmp_path: Path, cluster: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cluster.add_node(num_cpus=1)
+    values = {
+        "name": "at_node",
+        "space": {"name": "small_image"},
+        "controller": {"name": "random"},
+        "evaluator": {"name": "synthetic"},
+        "objective": {"target_ms": 3.0},
+        "device": {"class": "plugin_parts:DeviceAtNode", "options": {"log": "none"}},
+        "executor": {
+            "name": "ray", "address": cluster.address, "devices": ["plugin"], "workers": 1,
+        },
+        "batch_size": 8,
+        "stop": {"trials": 16},
+    }  # fmt: skip
+    config = campaign_config(values, where="test", folder=tmp_path)
+    monkeypatch.syspath_prepend(str(TESTS))
+    with pytest.raises(ConfigError, match="no node of Ray's cluster offers 'device:plugin'"):
+        start(config, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    with monkeypatch.context() as at_node:
+        at_node.setenv("PLUGIN_DEVICE", "1")
+        cluster.add_node(num_cpus=0, resources={"device:plugin": 1})
+    start(config, tmp_path / "run")
+    store = Store(tmp_path / "run" / "campaign.db", read_only=True)
+    trials = store.trials()
+    # A network of which the device's process dies has no figure; another process measures on.
+    completed = [trial for trial in trials if trial.outcome == "completed"]
+    failed = [trial for trial in trials if trial.outcome == "failed"]
+    assert len(completed) + len(failed) == 16
+    assert completed
+    assert failed
+    assert all("device:plugin gives no figure" in t.failure.reason for t in failed if t.failure)
+    pids = {store.measurement(t.measurement_ids[0]).environment["pid"] for t in completed}
+    assert os.getpid() not in pids
 
 
 @pytest.mark.slow
