@@ -1,12 +1,13 @@
 """What the engine itself costs: trials per second, memory, database, with an instant evaluator.
 
     python benchmarks/engine.py [--trials 20000] [--ray-trials 2000] [--use-trials 160]
-    python benchmarks/engine.py --rows 1000000 --trials 0 --ray-trials 0 --use-trials 0
+    python benchmarks/engine.py --trials 0 --ray-trials 0 --use-trials 0 --children 0  # rows
 
 Every trial is committed on its own. Serial: the whole campaign in this process, the random
 controller. Ray: the same through Ray workers, beside bare Ray: actor calls of the same function at
-the same concurrency that record nothing, the two taking turns in one run. Rows: what a large
-campaign's reader waits for; its rows are copies of a small campaign's, with rewards of their own.
+the same concurrency that record nothing, the two taking turns in one run. Children: real trainings
+by one worker and by two, free to roam and kept to a core each. Rows: what a large campaign's
+reader waits for; its rows are copies of a small campaign's, with rewards of their own.
 """
 
 from __future__ import annotations
@@ -23,12 +24,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 
 from search import campaign as folders
 from search.async_loop import make_search
-from search.config import CampaignConfig, campaign_config
+from search.config import CampaignConfig, RayConfig, campaign_config, load_campaign_config
 from search.engine import Silent
+from search.executor import Job
 from search.parts import Parts
 from search.trial import Trial
 from space.architecture import parse_architecture
@@ -122,7 +125,6 @@ class Bare:
 
 def bare_rates(trials: int, workers: int, rounds: int) -> list[float]:
     """Actor calls per second of bare Ray with one call in flight per worker."""
-    import numpy as np
     import ray
 
     ray.init(num_cpus=workers, include_dashboard=False, log_to_driver=False)
@@ -221,6 +223,56 @@ def use_of_workers(trials: int, workers: int) -> None:
         print(f"  {100 * busy / (workers * (high - low)):8.1f} % {mode}")
 
 
+def real_children(children: int, rounds: int) -> None:
+    """Print how many children of the digits campaign two workers train beside what one does."""
+    from search.ray_executor import RayExecutor
+
+    evaluator = load_campaign_config("digits", ["evaluator.recipe.epochs=1"]).evaluator
+    space, rng = (
+        load_space("small_image", resolution=16, input_channels=1),
+        np.random.default_rng(0),
+    )
+    networks = [space.decode(space.sample(rng)) for _ in range(children)]
+    rates: dict[tuple[int, bool], list[float]] = collections.defaultdict(list)
+    cores: dict[tuple[int, bool], list[float]] = collections.defaultdict(list)
+    for _ in range(rounds):
+        for workers, pin in ((1, False), (2, False), (1, True), (2, True)):
+            settings = RayConfig("ray", workers, pin=pin, trials_per_process=10**9)
+            executor = RayExecutor(settings, evaluator)
+            try:
+                executor.quiesce()
+                before, started = _cpu_s(), time.perf_counter()
+                for index, network in enumerate(networks):
+                    executor.submit(Job(index, network, index))
+                done = 0
+                while done < children:
+                    done += len(executor.wait(timeout_s=1.0))
+                seconds = time.perf_counter() - started
+                rates[workers, pin].append(60 * children / seconds)
+                cores[workers, pin].append((_cpu_s() - before) / seconds)
+            finally:
+                executor.close()
+    print(f"real children, one epoch of digits, {children} at a time, {rounds} rounds in turn")
+    for pin in (False, True):
+        ratios = [b / a for a, b in zip(rates[1, pin], rates[2, pin], strict=True)]
+        for workers in (1, 2):
+            print(
+                f"  {statistics.median(rates[workers, pin]):8.1f} a minute, {workers} workers of 1"
+                f" thread{', pinned' if pin else ''};"
+                f" {statistics.median(cores[workers, pin]):.2f} cores busy"
+            )
+        print(
+            f"  {statistics.median(ratios):8.2f} times one worker's"
+            f" [{min(ratios):.2f}, {max(ratios):.2f}]"
+        )
+
+
+def _cpu_s() -> float:
+    """CPU time of this process's workers and their helpers so far, in seconds."""
+    times = [p.cpu_times() for p in psutil.process_iter() if p.name().startswith("ray::Worker")]
+    return sum(t.user + t.system for t in times)
+
+
 def large_campaign(rows: int) -> None:
     """Print how long status, top, resume and report take on a campaign of so many trials."""
     with tempfile.TemporaryDirectory() as folder:
@@ -280,6 +332,7 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=20_000)
     parser.add_argument("--ray-trials", type=int, default=2000)
     parser.add_argument("--use-trials", type=int, default=160)
+    parser.add_argument("--children", type=int, default=8, help="real ones; 0 leaves them out")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--rounds", type=int, default=3)
@@ -290,6 +343,8 @@ def main() -> None:
         use_of_workers(args.use_trials, 8)
     if args.ray_trials:
         through_ray(args.ray_trials, args.workers, args.rounds)
+    if args.children:
+        real_children(args.children, args.rounds)
     if args.rows:
         large_campaign(args.rows)
 

@@ -136,6 +136,9 @@ class RayConfig:
         workers: Number of workers; None takes as many as the cluster's CPUs (and NPUs) allow, more
             when nodes join.
         threads: CPU threads (Ray CPUs) of a worker.
+        pin: Whether each worker's process keeps to CPU cores of its own, as many as `threads`.
+            MindSpore's helper threads otherwise use half a core more. Not for machines on which
+            others run workers, too.
         npus: Ascend NPUs of a worker, 0 or 1. Ray gives each worker one of its own and shows it
             no other (ASCEND_RT_VISIBLE_DEVICES).
         address: A cluster to join, `auto` for one on this machine; None starts a local one.
@@ -151,6 +154,7 @@ class RayConfig:
     name: Literal["ray"]
     workers: int | None = None
     threads: int = 1
+    pin: bool = False
     npus: int = 0
     address: str | None = None
     devices: tuple[str, ...] = ()
@@ -382,6 +386,7 @@ class CampaignConfig:
 RESUMABLE = (
     "stop",
     "executor.workers",
+    "executor.pin",
     "executor.address",
     "executor.devices",
     "executor.time_limit_s",

@@ -48,9 +48,18 @@ NO_NODE_LIMIT_S = 600.0
 
 
 class Worker:
-    """The body of a Ray actor: one process that evaluates one job at a time."""
+    """The body of a Ray actor: one process that evaluates one job at a time.
 
-    def __init__(self, evaluator: EvaluatorChoice, threads: int) -> None:
+    Args:
+        evaluator: Made when it warms up.
+        threads: CPU threads.
+        place: The how manieth worker of its node it is, from 0, to keep to cores of its own; None
+            leaves the cores to the system.
+    """
+
+    def __init__(self, evaluator: EvaluatorChoice, threads: int, place: int | None) -> None:
+        if place is not None:
+            keep_to_cores(place * threads, threads)
         # Before any numerical library is loaded; a worker must not use its neighbours' cores.
         for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
             os.environ[name] = str(threads)
@@ -70,6 +79,13 @@ class Worker:
         assert self._evaluator is not None  # it is warm before there is a job
         outcome = run_job(self._evaluator, job, time_limit_s)
         return outcome, psutil.Process().memory_info().rss / 2**20
+
+
+def keep_to_cores(first: int, count: int) -> None:
+    """Let this process run on so many of its cores only; with fewer of them nothing changes."""
+    cores = sorted(os.sched_getaffinity(0))[first : first + count]
+    if len(cores) == count:
+        os.sched_setaffinity(0, cores)
 
 
 class _Process:
@@ -294,8 +310,16 @@ class RayExecutor(Executor):
             resources={"NPU": 0.5} if self._config.npus else None,
             max_restarts=0,
             scheduling_strategy=strategy,
-        ).remote(self._evaluator_ref, self._config.threads)
+        ).remote(self._evaluator_ref, self._config.threads, self._place_on_node(slot))
         return _Process(actor, actor.warm_up.remote(), self._nodes_lost)
+
+    def _place_on_node(self, slot: _Slot) -> int | None:
+        """The how manieth of its node's workers a slot is, where they keep to their cores."""
+        if not self._config.pin:
+            return None
+        nodes = [_node_of(self._ray, other) for other in self._slots]
+        mine = self._slots.index(slot)
+        return nodes[:mine].count(nodes[mine])
 
     def _processes(self) -> list[_Process]:
         both = [process for slot in self._slots for process in (slot.process, slot.successor)]
@@ -456,6 +480,12 @@ class RayExecutor(Executor):
     def _end(self, running: _Running, outcome: Evaluation | Stopped | Failure) -> Finished:
         waiting = running.waiting
         return ended(waiting.job, outcome, waiting.attempts, running.started, waiting.submitted)
+
+
+def _node_of(ray: Any, slot: _Slot) -> str | None:
+    """The id of the node where a slot is, if it has one."""
+    nodes: dict[int, str] = ray.util.placement_group_table(slot.group)["bundles_to_node_id"]
+    return nodes.get(0)
 
 
 def _gist(error: Exception) -> str:
