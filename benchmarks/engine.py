@@ -1,7 +1,7 @@
 """What the engine itself costs: trials per second, memory, database, with an instant evaluator.
 
     python benchmarks/engine.py [--trials 20000] [--ray-trials 2000] [--use-trials 160]
-    python benchmarks/engine.py --trials 0 --ray-trials 0 --use-trials 0 --children 0  # rows
+    python benchmarks/engine.py --trials 0 --ray-trials 0 --use-trials 0 --children 0
 
 Every trial is committed on its own. Serial: the whole campaign in this process, the random
 controller. Ray: the same through Ray workers, beside bare Ray: actor calls of the same function at

@@ -31,10 +31,10 @@ def model_file(
     model: bytes = onnx_model(architecture, style).SerializeToString()
     if config.precision == "float32":
         return model
-    from latency.int8 import calibration_images, quantized
+    from latency.int8 import calibration_images, int8_model
 
     shape = input_shape(architecture, batch=1)[1:]
-    return quantized(model, INPUT_NAME, calibration_images(config.calibration, shape))
+    return int8_model(model, calibration_images(config.calibration, shape))
 
 
 def precision_identity(config: OnnxRuntimeConfig | SshConfig) -> dict[str, str]:

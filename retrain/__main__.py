@@ -19,7 +19,7 @@ from rich.console import Console
 
 from retrain.convert_cli import convert
 from retrain.progress import ProgressDisplay
-from retrain.request import TrainRequest
+from retrain.request import TrainRequest, int8_request
 from space.errors import ConfigError, MnasError
 from space.records import to_plain
 
@@ -86,6 +86,21 @@ RecipeOption = Annotated[
 ]
 ExportFormat = Annotated[
     str, typer.Option("--format", help="onnx, mindir, or python: a module that stands alone.")
+]
+Int8 = Annotated[
+    bool, typer.Option("--int8", help="Quantize the ONNX file, calibrated on training images.")
+]
+CalibrationImages = Annotated[
+    int | None,
+    typer.Option(
+        "--calibration_images", "--calibration-images", help="How many of them, for --int8 [256]."
+    ),
+]
+MaxDrop = Annotated[
+    float | None,
+    typer.Option(
+        "--max_drop", "--max-drop", help="Top-1 accuracy, a fraction, that --int8 may cost [0.02]."
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on one line.")]
 
@@ -223,6 +238,9 @@ def validate(
             "--confusion_matrix", "--confusion-matrix", help="Draw it into this PNG file."
         ),
     ] = None,
+    onnx: Annotated[
+        Path | None, typer.Option("--onnx", help="An export, to be evaluated in its place.")
+    ] = None,
 ) -> None:
     """Evaluate a checkpoint on held-out images or, once, at the end, on the test set."""
     from retrain.commands import validate_command
@@ -235,6 +253,7 @@ def validate(
         data_dir=data_dir,
         confusion_matrix=confusion_matrix,
         threads=threads,
+        onnx=onnx,
     )
     if as_json:
         _print_json(report)
@@ -259,6 +278,9 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     threads: Threads = None,
     as_json: Json = False,
+    int8: Int8 = False,
+    calibration_images: CalibrationImages = None,
+    max_drop: MaxDrop = None,
 ) -> None:
     """Export a checkpoint to another format, checked against MindSpore on held-out images."""
     from retrain.commands import export_command
@@ -272,19 +294,31 @@ def export(
         data_dir=data_dir,
         overwrite=overwrite,
         threads=threads,
+        int8=int8_request(int8, calibration_images, max_drop),
     )
     if as_json:
         _print_json(report)
         return
     opset = f", opset {report.opset}" if report.opset else ""
-    _print_lines(
-        Console(),
-        [
-            ("file", f"{report.path} ({report.size_bytes:,} bytes{opset})"),
-            ("largest difference", f"{report.max_abs_difference:.3g} on {report.images:,} images"),
-            ("accuracy", f"{report.exported_top1:.4f} (MindSpore: {report.mindspore_top1:.4f})"),
-        ],
-    )
+    lines = [
+        ("file", f"{report.path} ({report.size_bytes:,} bytes{opset})"),
+        ("largest difference", f"{report.max_abs_difference:.3g} on {report.images:,} images"),
+        ("accuracy", f"{report.exported_top1:.4f} (MindSpore: {report.mindspore_top1:.4f})"),
+    ]
+    if report.precision == "int8":
+        lines[1:] = [
+            ("calibrated on", f"{report.calibration_images:,} training images"),
+            (
+                "accuracy",
+                f"{report.exported_top1:.4f} in int8, {report.mindspore_top1:.4f} in float32:"
+                f" {_points(report.top1_drop)} on {report.images:,} validation images",
+            ),
+        ]
+    _print_lines(Console(), lines)
+
+
+def _points(drop: float) -> str:
+    return f"{abs(100 * drop):.2f} points {'less' if drop >= 0 else 'more'}"
 
 
 def _print_json(report: object) -> None:

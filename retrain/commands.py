@@ -43,7 +43,7 @@ from retrain.folder import (
     what_is_there,
 )
 from retrain.launch import launch, launched_workers
-from retrain.request import TrainRequest, checked_threads
+from retrain.request import Int8Request, TrainRequest, checked_threads
 from retrain.restored import data_of, network_of, recipe_of
 from retrain.start import Start, make_start
 from space.errors import ConfigError
@@ -75,6 +75,7 @@ class ValidationReport:
         images: How many were evaluated, each once.
         per_class_top1: Class -> fraction.
         confusion_matrix: The picture that was drawn; null if none was asked for.
+        onnx: The ONNX file that was evaluated in place of the checkpoint's network; null if none.
     """
 
     ckpt_path: str
@@ -85,6 +86,7 @@ class ValidationReport:
     images: int
     per_class_top1: dict[str, float]
     confusion_matrix: str | None = None
+    onnx: str | None = None
 
 
 # ---------------------------------------------------------------------------- train
@@ -326,6 +328,7 @@ def validate_command(
     data_dir: str | None = None,
     confusion_matrix: Path | None = None,
     threads: int | None = None,
+    onnx: Path | None = None,
 ) -> ValidationReport:
     """Evaluate a checkpoint on a part of a data set, by default the one it was trained on.
 
@@ -337,9 +340,10 @@ def validate_command(
         data_dir: Where the images are, if not where they were.
         confusion_matrix: Draw which class was taken for which into this PNG file.
         threads: CPU threads; by default all that this process may use.
+        onnx: An export of the checkpoint, evaluated in its place by ONNX Runtime.
 
     Raises:
-        ConfigError: The checkpoint or the data do not work.
+        ConfigError: The checkpoint, the export or the data do not work.
     """
     if confusion_matrix is not None and confusion_matrix.suffix != ".png":
         raise ConfigError(f"--confusion_matrix: must end in .png, but got {confusion_matrix}.")
@@ -351,8 +355,16 @@ def validate_command(
     data = data_of(checkpoint, recipe)
     from retrain.evaluate import evaluation_of, logits_of
 
-    network, labels = network_of(checkpoint, threads), data.split(split).labels
-    logits = logits_of(network, data, data.split(split), recipe.eval_batch_size)
+    images, labels = data.split(split), data.split(split).labels
+    if onnx is None:
+        network = network_of(checkpoint, threads)
+        logits = logits_of(network, data, images, recipe.eval_batch_size)
+    else:
+        from retrain.export import exported_logits
+
+        logits = exported_logits(
+            onnx, checkpoint, data, images, recipe.eval_batch_size, threads=threads
+        )
     found = evaluation_of(logits, labels)
     if confusion_matrix is not None:
         from retrain.confusion import confusion_png, count_confusions
@@ -368,6 +380,7 @@ def validate_command(
         images=found.images,
         per_class_top1=dict(zip(data.classes, found.per_class_top1, strict=True)),
         confusion_matrix=None if confusion_matrix is None else str(confusion_matrix),
+        onnx=None if onnx is None else str(onnx),
     )
 
 
@@ -380,6 +393,7 @@ def export_command(
     data_dir: str | None = None,
     overwrite: bool = False,
     threads: int | None = None,
+    int8: Int8Request | None = None,
 ) -> ExportReport:
     """Export a checkpoint, checked against the MindSpore network on the validation images.
 
@@ -392,13 +406,21 @@ def export_command(
         data_dir: Where the images are, if not where they were.
         overwrite: Replace `out` if it is there.
         threads: CPU threads; by default all that this process may use.
+        int8: Quantize the ONNX file; None leaves it float32.
 
     Raises:
-        ConfigError: The checkpoint or the data do not work, or `out` is there already.
-        MnasError: The export is not the network; nothing is written.
+        ConfigError: The checkpoint or the data do not work, `out` is there already, or int8 is not
+            for that format.
+        MnasError: The export is not the network, or int8 costs too much accuracy; nothing is
+            written.
     """
     threads = checked_threads(threads)
     suffix = export_suffix(format)
+    if int8 is not None and format != "onnx":
+        raise ConfigError(
+            f"--int8: must be with --format onnx, but got {format}, which is written in float32"
+            " only; leave --int8 out, or give --format onnx."
+        )
     if out.suffix != suffix:
         raise ConfigError(f"{out}: must end in {suffix} for the format {format}.")
     for path in (out, out.with_name(out.name + ".json")) if format == "mindir" else (out,):
@@ -421,6 +443,7 @@ def export_command(
         data=data,
         batch_size=recipe.eval_batch_size,
         threads=threads,
+        int8=int8,
     )
 
 

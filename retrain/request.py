@@ -1,9 +1,10 @@
-"""What a user asks of a training, and the same as the arguments of a command."""
+"""What a user asks of a training, the same as the arguments of a command, and of an export."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from space.errors import ConfigError
 from space.records import record
@@ -75,6 +76,48 @@ class TrainRequest:
             *(flag for flag, given in flags.items() if given),
             *self.overrides,
         ]
+
+
+@record
+class Int8Request:
+    """How an exported ONNX file is to be quantized, and what that may cost.
+
+    Attributes:
+        calibration_images: How many training images, drawn at random, show the ranges of the
+            activations; all, where there are fewer.
+        max_drop: Largest loss of top-1 accuracy on the validation images, fraction.
+    """
+
+    calibration_images: int = 256
+    max_drop: float = 0.02
+
+    def __post_init__(self) -> None:
+        if self.calibration_images < 1:
+            raise ConfigError(
+                f"--calibration_images: must be >= 1, but got {self.calibration_images}."
+            )
+        if not 0 <= self.max_drop <= 1:
+            raise ConfigError(
+                f"--max_drop: must be a fraction in [0, 1], but got {self.max_drop:g}; 0.02 is two"
+                " points."
+            )
+
+
+def int8_request(
+    asked: bool, calibration_images: int | None, max_drop: float | None
+) -> Int8Request | None:
+    """Return what `--int8` and the options that go with it ask for; None: float32.
+
+    Raises:
+        ConfigError: An option without `--int8`, or out of its range.
+    """
+    options = {"calibration_images": calibration_images, "max_drop": max_drop}
+    given: dict[str, Any] = {name: value for name, value in options.items() if value is not None}
+    if asked:
+        return Int8Request(**given)
+    if given:
+        raise ConfigError(f"--{next(iter(given))}: goes with --int8 only; give that, too.")
+    return None
 
 
 def checked_threads(threads: int | None) -> int:

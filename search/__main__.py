@@ -1,6 +1,7 @@
 """The command line's border: `python -m search` and the console script `mnas`.
 
-Bad input ends in one sentence on standard error and exit status 2, never in a traceback.
+Bad input ends in one sentence on standard error and exit status 2, never in a traceback; what
+cannot be done with good input, in one and exit status 1.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import cast
 import typer
 
 from search.cli import app
-from space.errors import MnasError
+from space.errors import ConfigError, MnasError
 
 #: The class of all complaints about flags and arguments, whichever click typer is built on.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -32,7 +33,8 @@ def _run() -> int:
         status = app(standalone_mode=False)
         return status if isinstance(status, int) else 0
     except MnasError as error:
-        return _complain(str(error), EXIT_BAD_INPUT)
+        bad_input = isinstance(error, ConfigError)
+        return _complain(str(error), EXIT_BAD_INPUT if bad_input else EXIT_ERROR)
     except _UsageError as error:
         message = cast(typer.BadParameter, error).format_message()
         return _complain(f"{message.rstrip('.')}. See `mnas --help`.", EXIT_BAD_INPUT)

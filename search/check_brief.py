@@ -8,11 +8,13 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import signal
 import sys
 import threading
 import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import NamedTuple
 
 from latency.host import resident_bytes
@@ -21,11 +23,13 @@ from search.config import (
     EvaluatorChoice,
     PluginConfig,
     RayConfig,
+    RetrainConfig,
     TrainEvaluatorConfig,
 )
 from search.evaluation import Evaluation, make_evaluator
 from search.executor import Job, run_job
 from space.architecture import Architecture
+from space.errors import FailureCause
 from space.records import record
 
 #: With more held-out images than this, a few steps are validated on so many.
@@ -45,6 +49,8 @@ class Brief:
         accuracy: Only of a whole evaluation.
         metrics: Of the evaluation.
         peak_memory_mb: Of its process; None if it was this one.
+        validation_images: Held-out images of a whole training: its accuracy is a share of them.
+        cause: Of the failure; `infrastructure`: another try may go well.
     """
 
     failure: str | None
@@ -53,6 +59,8 @@ class Brief:
     accuracy: float | None
     metrics: dict[str, float]
     peak_memory_mb: float | None
+    validation_images: int | None = None
+    cause: FailureCause | None = None
 
 
 class _Cut(NamedTuple):
@@ -87,21 +95,49 @@ def evaluate_brief(
     job = Job(0, network, seed)
     if not isinstance(config.evaluator, (TrainEvaluatorConfig, PluginConfig)):
         return _evaluate(config.evaluator, job, threads, limit_s, None)
+    return _in_a_process(config.evaluator, job, threads, limit_s, steps)
+
+
+def train_fully(
+    config: RetrainConfig,
+    network: Architecture,
+    seed: int,
+    steps: int | None,
+    states: Path | None = None,
+) -> Brief:
+    """Train a network with the full recipe, as the hand-over does: for as long as it takes.
+
+    Args:
+        config: What happens to the best networks.
+        network: The network.
+        seed: 0 to 2**32 - 1.
+        steps: Optimizer steps, 2 at least; None trains to the end.
+        states: A folder in which a training that is killed leaves what it goes on from.
+    """
+    threads = config.threads or os.cpu_count() or 1
+    kept = None if states is None else str(states.absolute())
+    trained = TrainEvaluatorConfig("train", config.recipe, kept)
+    return _in_a_process(trained, Job(0, network, seed), threads, math.inf, steps)
+
+
+def _in_a_process(
+    config: EvaluatorChoice, job: Job, threads: int, limit_s: float, steps: int | None
+) -> Brief:
+    """An evaluation in a process of its own, which is killed a while after the limit."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(
-        target=_body, args=(sender, config.evaluator, job, threads, limit_s, steps)
-    )
+    process = context.Process(target=_body, args=(sender, config, job, threads, limit_s, steps))
     process.start()
     sender.close()
     try:
-        if not receiver.poll(limit_s + START_LIMIT_S):
+        if not receiver.poll(None if math.isinf(limit_s) else limit_s + START_LIMIT_S):
             return _failed(f"time limit of {limit_s:g} s reached; its process was killed")
         brief: Brief = receiver.recv()
         return brief
     except EOFError:
         process.join(10)
-        return _failed(f"its process ended by itself, with status {process.exitcode}")
+        reason = f"its process ended by itself, with status {process.exitcode}"
+        return _failed(reason, "infrastructure")
     finally:
         process.kill()
         process.join()
@@ -117,6 +153,8 @@ def _body(
 ) -> None:
     """The process: sends one Brief; what a framework prints is not for the user of a check."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    # Ctrl-C reaches both processes: the other one decides.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
         os.environ[name] = str(threads)
     with open(os.devnull, "w") as nowhere:
@@ -146,22 +184,34 @@ def _evaluate(
         evaluator.warm_up()
     except Exception as error:
         # As in a trial: whatever a framework raises is this network's line in a table.
-        return _failed(f"{type(error).__name__}: {error}")
+        return _failed(f"{type(error).__name__}: {error}", "infrastructure")
     started = time.monotonic()
     outcome = run_job(evaluator, job, limit_s)
     seconds = time.monotonic() - started
     if not isinstance(outcome, Evaluation):
         return _failed(outcome.reason)
     if cut is None:
-        return Brief(None, seconds, None, outcome.accuracy, outcome.metrics, None)
+        images = _held_out(config, job.architecture)
+        return Brief(None, seconds, None, outcome.accuracy, outcome.metrics, None, images)
     pace = outcome.metrics["images_per_s"]
     # Held-out images are counted at the training's pace, which is slower than theirs.
     whole = seconds + cut.images_left / pace
     return Brief(None, whole, cut.step_images / pace, None, outcome.metrics, None)
 
 
-def _failed(reason: str) -> Brief:
-    return Brief(reason, None, None, None, {}, None)
+def _held_out(config: EvaluatorChoice, network: Architecture) -> int | None:
+    """Held-out images of a training that was done in this process: they are loaded."""
+    from retrain.data import load_data
+
+    if not isinstance(config, TrainEvaluatorConfig):
+        return None
+    recipe = config.recipe
+    data = load_data(recipe.data, network.resolution, network.input_channels, recipe.augment)
+    return len(data.validation)
+
+
+def _failed(reason: str, cause: FailureCause = "architecture") -> Brief:
+    return Brief(reason, None, None, None, {}, None, cause=cause)
 
 
 def _cut(config: TrainEvaluatorConfig, network: Architecture, steps: int) -> _Cut | None:

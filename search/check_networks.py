@@ -177,7 +177,7 @@ def try_networks(
     meters = {
         name: meter
         for name, meter in parts.meters.items()
-        if measure and not lacks(findings, f"device {name}")
+        if measure and not lacks(findings, f"device {name}") and name not in config.at_nodes
     }
     if not (evaluate or meters):
         return
@@ -216,14 +216,14 @@ def networks(space: SearchSpace, seed: int) -> list[tuple[str, Architecture]]:
     rng = np.random.default_rng(stream(seed, CHECK, 0))
     drawn = [space.decode(uniform_tokens(space.num_choices, rng)) for _ in range(RANDOM_NETWORKS)]
     return [
-        ("smallest", _extreme(space, -1)),
-        ("largest", _extreme(space, 1)),
+        ("smallest", extreme_network(space, -1)),
+        ("largest", extreme_network(space, 1)),
         *(("random", network) for network in drawn),
     ]
 
 
-def _extreme(space: SearchSpace, sign: int) -> Architecture:
-    """The network than which no other one decision away has more (or fewer) multiply-adds."""
+def extreme_network(space: SearchSpace, sign: int) -> Architecture:
+    """Return the network than which none one decision away has more (-1: fewer) multiply-adds."""
     tokens = [0] * len(space.num_choices)
 
     def size(index: int, choice: int) -> int:

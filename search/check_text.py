@@ -10,8 +10,11 @@ from rich.table import Table
 from latency.checks import Finding
 from search.check import Estimate, Plan
 from search.check_networks import LATER, Member, Noise, Report
+from search.check_rank import MIN_NETWORKS, Ranking, RankReport, Task, Training
+from search.config import CampaignConfig, TrainEvaluatorConfig
 from search.progress import format_duration
 from search.tables import plain_table
+from space.cost import count
 
 UNKNOWN = "not known"
 
@@ -134,3 +137,153 @@ def _hours(value: float | None) -> str:
     if value is None:
         return UNKNOWN
     return format_duration(3600 * value) if value < 10 else f"{value:,.0f} h"
+
+
+# ---------------------------------------------------------------------------- rank
+
+
+def ranking_lines(ranking: Ranking) -> list[tuple[str, str]]:
+    """Return (label, text) lines of what a ranking is about to do."""
+    left = len(ranking.left())
+    return [
+        (
+            "ranking",
+            f"{len(ranking.networks)} networks, each trained as a child and in full, one after"
+            " another on this machine",
+        ),
+        ("trainings", f"{ranking.all}, of which {left} are left"),
+        ("time", time_left(ranking)),
+        ("kept in", f"{ranking.path}; the same command goes on from there"),
+    ]
+
+
+def time_left(ranking: Ranking) -> str:
+    """Return how long the trainings that are left take, in words."""
+    seconds = ranking.seconds_left()
+    if seconds is None:
+        return "time left is known after the first trainings"
+    return f"about {format_duration(seconds)} left"
+
+
+def task_text(ranking: Ranking, task: Task) -> str:
+    """Return the line of a training that goes on."""
+    number = ranking.all - len(ranking.left()) + 1
+    return f"training {number}/{ranking.all}, {_what(task)}, {time_left(ranking)}"
+
+
+def training_text(ranking: Ranking, task: Task, training: Training) -> str:
+    """Return the line of a training that has ended."""
+    ended = ranking.all - len(ranking.left())
+    outcome = f"accuracy {_figure(training.accuracy, '.4f')}"
+    if training.failure is not None:
+        outcome = f"FAILED: {training.failure}"
+    took = format_duration(training.seconds)
+    return f"[{ended}/{ranking.all}] {_what(task)}: {outcome}, {took}; {time_left(ranking)}"
+
+
+def _what(task: Task) -> str:
+    how = {"proxy": "as a child", "full": "in full"}[task.kind]
+    return f"{count(task.architecture).macs / 1e6:,.2f} M macs {how}"
+
+
+def rank_table(report: RankReport) -> Table:
+    """Return the networks with both accuracies as a table."""
+    figures = ["M macs", "proxy", "full", "proxy s", "full s"]
+    table = plain_table("accuracy as a child (proxy) and in full", figures, ["network"])
+    for row in report.networks:
+        table.add_row(
+            _shortened(row.architecture),
+            f"{row.macs / 1e6:,.2f}",
+            _figure(row.proxy_accuracy, ".4f"),
+            _figure(row.full_accuracy, ".4f"),
+            _figure(row.proxy_s, ",.0f"),
+            _figure(row.full_s, ",.0f"),
+        )
+    return table
+
+
+def _shortened(text: str, letters: int = 28) -> str:
+    return text if len(text) <= letters else f"{text[: letters - 3]}..."
+
+
+def rank_lines(config: CampaignConfig, report: RankReport) -> list[tuple[str, str]]:
+    """Return (label, text) lines of how well the proxy ranks, and what to do about it."""
+    lines = [
+        ("FAILED", f"{row.macs / 1e6:,.2f} M macs {row.failure}; left out of tau")
+        for row in report.networks
+        if row.failure
+    ]
+    if report.tau is None:
+        why = "one of the accuracies is the same for all networks"
+        if report.ranked < MIN_NETWORKS:
+            why = f"{report.ranked} networks have both accuracies, but {MIN_NETWORKS} are needed"
+        return [*lines, ("tau", f"not defined: {why}")]
+    lines.append(
+        (
+            "tau",
+            f"{report.tau:.2f} (Kendall's tau-b; 95 % interval {_figure(report.tau_low, '.2f')} to"
+            f" {_figure(report.tau_high, '.2f')}, bootstrap over {report.ranked} networks)",
+        )
+    )
+    if report.tau_macs is not None:
+        lines.append(("macs", f"multiply-adds alone give tau {report.tau_macs:.2f}"))
+    lines.append(("noise", noise_of_tau(report)))
+    lines.append(("range", "networks nearer to each other than these, as a search's late ones,"
+                  " are ranked less well"))  # fmt: skip
+    return [*lines, *_advice(config, report, report.tau)]
+
+
+def noise_of_tau(report: RankReport) -> str:
+    """Return the sentence on how much of what tau lacks may be noise."""
+    if report.tau_noise is None:
+        return "not known: the evaluator does not tell the number of its held-out images"
+    seeds = "; --repeats 3 adds that of the proxy's seeds"
+    if report.seed_sd is not None:
+        number = len(report.seed_accuracies)
+        seeds = f" and the proxy's seeds (standard deviation {report.seed_sd:.4f}, {number} seeds)"
+    return (
+        f"a proxy in the full trainings' exact order would show tau {report.tau_noise:.2f}: the"
+        f" rest to 1 may be the noise of finite held-out images{seeds}; that of the full"
+        " trainings' seeds is not in it"
+    )
+
+
+def _advice(config: CampaignConfig, report: RankReport, tau: float) -> list[tuple[str, str]]:
+    """The warning under a good tau, or the doubt where the interval reaches under it."""
+    noisy = report.tau_noise is not None and report.tau_noise < report.good_tau
+    if tau < report.good_tau and noisy:
+        return [
+            (
+                "WARNING",
+                f"tau {tau:.2f} is below {report.good_tau:g}, but a faultless proxy's would be,"
+                " too: the accuracies lie nearer to each other than their held-out images can"
+                " tell; before judging the proxy, hold out more with"
+                " retrain.recipe.data.validation_images and"
+                " evaluator.recipe.data.validation_images, or take harder images, and rank again"
+                " with another --out",
+            )
+        ]
+    if tau < report.good_tau:
+        remedy = "evaluator.options to more epochs or more images"
+        if isinstance(config.evaluator, TrainEvaluatorConfig):
+            remedy = (
+                "evaluator.recipe.epochs or evaluator.recipe.data.train_images, or lower the noise"
+                " with evaluator.recipe.data.validation_images or evaluator.recipe.ema_decay"
+            )
+        return [
+            (
+                "WARNING",
+                f"tau {tau:.2f} is below {report.good_tau:g}, so that the search mistakes worse"
+                f" networks for better ones: raise {remedy}, and rank again with another --out",
+            )
+        ]
+    if report.tau_low is not None and report.tau_low < report.good_tau:
+        more = 2 * len(report.networks)
+        return [
+            (
+                "UNSURE",
+                f"the interval reaches below {report.good_tau:g}; --rank {more} goes on from these"
+                " networks and narrows it",
+            )
+        ]
+    return []

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from search.campaign import Campaign
     from search.config import CampaignConfig
     from search.engine import CampaignOutcome, CampaignWatcher
-    from search.progress import Progress
 
 app = typer.Typer(
     name="mnas",
@@ -43,6 +42,9 @@ Overrides = Annotated[
 TensorBoardFlag = Annotated[
     bool, typer.Option("--tensorboard", help="Write curves into DIR/tensorboard.")
 ]
+MlflowOption = Annotated[
+    str | None, typer.Option("--mlflow", metavar="URI", help="Log to an MLflow server or store.")
+]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A campaign's folder.")]
 
 
@@ -60,6 +62,7 @@ def search_command(
     ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the one in --out.")] = False,
     tensorboard: TensorBoardFlag = False,
+    mlflow: MlflowOption = None,
     as_json: Json = False,
 ) -> None:
     """Run a search campaign from a configuration."""
@@ -71,14 +74,14 @@ def search_command(
             raise ConfigError("--resume: needs --out DIR, the campaign to go on with.")
         from search.campaign import continue_with
 
-        _run(out, wanted, continue_with, tensorboard=tensorboard, as_json=as_json)
+        _run(out, wanted, continue_with, tensorboard=tensorboard, mlflow=mlflow, as_json=as_json)
         return
     from search.campaign import create
     from search.warm_start import check_warm_start
 
     check_warm_start(wanted)
     folder = _free_folder(Path("runs") / wanted.name) if out is None else out
-    _run(folder, wanted, create, tensorboard=tensorboard, as_json=as_json)
+    _run(folder, wanted, create, tensorboard=tensorboard, mlflow=mlflow, as_json=as_json)
 
 
 @app.command("resume")
@@ -86,13 +89,14 @@ def resume_command(
     folder: Folder,
     overrides: Overrides = None,
     tensorboard: TensorBoardFlag = False,
+    mlflow: MlflowOption = None,
     as_json: Json = False,
 ) -> None:
     """Go on with a campaign where it stopped; a raised stop.trials extends a finished one."""
     from search.campaign import continue_with, resumed_config
 
     wanted = resumed_config(folder, overrides or [])
-    _run(folder, wanted, continue_with, tensorboard=tensorboard, as_json=as_json)
+    _run(folder, wanted, continue_with, tensorboard=tensorboard, mlflow=mlflow, as_json=as_json)
 
 
 def _free_folder(folder: Path) -> Path:
@@ -110,6 +114,7 @@ def _run(
     opener: Callable[[Path, CampaignConfig], Campaign],
     *,
     tensorboard: bool,
+    mlflow: str | None,
     as_json: bool,
 ) -> None:
     """Run a campaign that `opener` creates or opens, with progress for people."""
@@ -121,6 +126,11 @@ def _run(
 
     console = Console(stderr=as_json)
     parts = Parts(config)
+    client = None
+    if mlflow is not None:
+        from search.tracking import connect
+
+        client = connect(mlflow)
     with opener(folder, config) as campaign:
         _print_lines(console, [*describe(parts), ("folder", str(folder))])
         store = campaign.store
@@ -129,7 +139,18 @@ def _run(
         done = sum(store.counts().values()) - pending
         progress = Progress(console, campaign.config.stop.trials, done, best[0] if best else None)
         try:
-            with progress, _curves(progress, folder, wanted=tensorboard) as watcher:
+            with ExitStack() as stack:
+                watcher: CampaignWatcher = stack.enter_context(progress)
+                if tensorboard:
+                    from search.tensorboard import TensorBoard
+
+                    watcher = TensorBoard(watcher, folder / "tensorboard")
+                    stack.enter_context(closing(watcher))
+                if client is not None:
+                    from search.tracking import MlflowTracking
+
+                    tracking = MlflowTracking(watcher, client, folder, campaign.config)
+                    watcher = stack.enter_context(tracking)
                 outcome = run(campaign, parts, watcher)
         except KeyboardInterrupt:
             console.print(
@@ -139,20 +160,8 @@ def _run(
     _print_outcome(console, outcome, as_json=as_json)
 
 
-@contextmanager
-def _curves(progress: Progress, folder: Path, *, wanted: bool) -> Iterator[CampaignWatcher]:
-    """The progress, and with it TensorBoard's curves if they are wanted."""
-    if not wanted:
-        yield progress
-        return
-    from search.tensorboard import TensorBoard
-
-    with closing(TensorBoard(progress, folder / "tensorboard")) as watcher:
-        yield watcher
-
-
 def _print_outcome(console: Any, outcome: CampaignOutcome, *, as_json: bool) -> None:
-    from search.tables import trial_summary
+    from search.tables import trial_summary, winner_text
 
     if as_json:
         best = trial_summary(outcome.best) if outcome.best else None
@@ -182,10 +191,12 @@ def _print_outcome(console: Any, outcome: CampaignOutcome, *, as_json: bool) -> 
     if outcome.winner is not None:
         winner = outcome.winner
         lines += [
-            ("retrained", f"trial {winner['trial']}: test accuracy {winner['test_accuracy']:.4f}"),
+            ("retrained", winner_text(winner)),
             ("weights", f"{outcome.folder}/{winner['weights']}"),
             ("onnx", f"{outcome.folder}/{winner['onnx']}"),
         ]
+        if "onnx_int8" in winner:
+            lines.append(("onnx int8", f"{outcome.folder}/{winner['onnx_int8']}"))
     lines += [
         ("report", outcome.report),
         ("database", f"{outcome.folder}/campaign.db"),
@@ -282,18 +293,21 @@ def top_command(
     from rich.console import Console
 
     from search.campaign import open_to_read, read_config
+    from search.measuring import in_int8
     from search.pareto import front_objectives, pareto_front
     from search.tables import trial_summary, trial_table
 
     objectives = front_objectives(read_config(folder))
     with closing(open_to_read(folder)) as store:
         chosen = pareto_front(store.trials(), objectives) if front else store.best(count)
+        note = ", latency in int8, accuracy in float32" if in_int8(store, chosen) else ""
     if as_json:
         print_json({"folder": str(folder), "trials": [trial_summary(t) for t in chosen]})
     else:
         title = "Pareto front" if front else f"best {len(chosen)} networks"
         console = Console()
-        console.print(trial_table(chosen, f"{title} of {folder}", objectives if front else ()))
+        title = f"{title} of {folder}{note}"
+        console.print(trial_table(chosen, title, objectives if front else ()))
         _print_lines(console, [(f"trial {trial.id}", trial.architecture) for trial in chosen])
 
 

@@ -331,11 +331,14 @@ def export(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
     threads: room.Threads = None,
     as_json: Json = False,
+    int8: room.Int8 = False,
+    calibration_images: room.CalibrationImages = None,
+    max_drop: room.MaxDrop = None,
 ) -> None:
     """Write a trained network as ONNX, MindIR or Python, checked numerically against MindSpore."""
     from retrain.commands import export_suffix
 
-    suffix = export_suffix(format)
+    suffix = ("_int8" if int8 else "") + export_suffix(format)
     if folder is None and ckpt_path is not None:
         weights, target = ckpt_path, out or ckpt_path.with_name(f"model{suffix}")
     elif folder is not None and ckpt_path is None:
@@ -344,7 +347,10 @@ def export(
         target = out or folder / "export" / f"trial_{number}{suffix}"
     else:
         raise ConfigError("export: needs a campaign's DIR or --ckpt_path, one of them.")
-    room.export(weights, target, format, config, data_dir, overwrite, threads, as_json)
+    room.export(
+        weights, target, format, config, data_dir, overwrite, threads, as_json, int8,
+        calibration_images, max_drop,
+    )  # fmt: skip
 
 
 def _winner(folder: Path) -> int:

@@ -6,6 +6,9 @@ observed is often a lucky one. Each is measured anew and trained with a new seed
 Each full training is a process of its own, `python -m retrain`, in a folder of its own below
 finalists/, so that it can be killed, resumed and repeated by hand. The winner is chosen on images
 held out from the training set; only then is the test set used, once.
+
+Where a device computes in int8, each finalist is quantized after its training, and its reward is
+of the int8 accuracy: a network is chosen for what it does on the device.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from typing import Any, Protocol
 
 from search.campaign import Campaign
 from search.loop import FULL_TRAINING, trial_seed
+from search.measuring import INT8_ACCURACY, in_int8
 from search.objective import Objective
 from search.pareto import best_networks
 from search.parts import Parts
@@ -36,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 #: A command of the retrain room that says nothing for so long is taken to hang.
 SILENCE_LIMIT_S = 1800.0
+
+#: A finalist's quantized file, in its folder and, the winner's, in export/.
+_INT8_FILE = "model_int8.onnx"
 
 
 class LineWatcher(Protocol):
@@ -134,6 +141,7 @@ class HandOver:
         try:
             finalist = self._measured(finalist)
             result = self._train(finalist)
+            finalist = self._quantized(finalist)
         except MeasurementError as error:
             failure = Failure(f"measuring failed: {error}", error.cause)
             done = replace(finalist, outcome="failed", failure=failure)
@@ -142,7 +150,8 @@ class HandOver:
             done = replace(finalist, outcome="failed", failure=failure)
         else:
             accuracy = float(result["validation_accuracy"])
-            reward, parts = self._objective.reward(accuracy, finalist.metrics or {})
+            metrics = finalist.metrics or {}
+            reward, parts = self._objective.reward(metrics.get(INT8_ACCURACY, accuracy), metrics)
             done = replace(
                 finalist, outcome="completed", accuracy=accuracy, reward=reward, parts=parts
             )
@@ -203,8 +212,24 @@ class HandOver:
         result: dict[str, Any] = json.loads((folder / "result.json").read_text())
         return result
 
+    def _quantized(self, finalist: Trial) -> Trial:
+        """The finalist with the accuracy of its int8 file, if a device computes in int8."""
+        if not in_int8(self._store, [finalist]):
+            return finalist
+        assert finalist.finalist_of is not None  # set by _new_finalist
+        folder = self.folder(finalist.finalist_of)
+        # Whatever int8 costs: it is in the reward.
+        exported = self._last_json(
+            self._run(
+                ["export", "--ckpt_path", str(folder / "model.safetensors"), "--int8",
+                 "--max_drop", "1", "--out", str(folder / _INT8_FILE), "--overwrite", "--json"]
+            )
+        )  # fmt: skip
+        metrics = {**(finalist.metrics or {}), INT8_ACCURACY: float(exported["exported_top1"])}
+        return replace(finalist, metrics=metrics)
+
     def _winner(self, finalist: Trial) -> dict[str, Any]:
-        """Test once, export, and collect what a user needs."""
+        """Test once, in each precision that there is, export, and collect what a user needs."""
         assert finalist.finalist_of is not None  # a finalist
         folder = self.folder(finalist.finalist_of)
         weights = folder / "model.safetensors"
@@ -223,7 +248,7 @@ class HandOver:
             )
         )  # fmt: skip
         write_atomically(export / "architecture.txt", (finalist.architecture + "\n").encode())
-        return {
+        winner = {
             "trial": finalist.finalist_of,
             "architecture": finalist.architecture,
             "architecture_hash": finalist.architecture_hash,
@@ -234,6 +259,22 @@ class HandOver:
             "weights": str(weights.relative_to(self._campaign.folder)),
             "onnx": "export/model.onnx",
             "onnx_max_abs_difference": exported["max_abs_difference"],
+        }
+        int8_accuracy = (finalist.metrics or {}).get(INT8_ACCURACY)
+        if int8_accuracy is None:
+            return winner
+        quantized = folder / _INT8_FILE
+        tested = self._last_json(
+            self._run(
+                ["validate", "--ckpt_path", str(weights), "--onnx", str(quantized),
+                 "--split", "test", "--json"]
+            )
+        )  # fmt: skip
+        write_atomically(export / _INT8_FILE, quantized.read_bytes())
+        return winner | {
+            "int8_validation_accuracy": int8_accuracy,
+            "int8_test_accuracy": tested["top1"],
+            "onnx_int8": f"export/{_INT8_FILE}",
         }
 
     def _last_json(self, lines: Sequence[str]) -> dict[str, Any]:
@@ -259,11 +300,12 @@ class HandOver:
         lines: list[str] = []
         try:
             assert process.stdout is not None  # it is a pipe
-            for line in process.stdout:
-                text = line.rstrip()
-                if text:
-                    lines.append(text)
-                    self._watcher.line(text)
+            with process.stdout:
+                for line in process.stdout:
+                    text = line.rstrip()
+                    if text:
+                        lines.append(text)
+                        self._watcher.line(text)
             process.wait(timeout=60)
         finally:
             if process.poll() is None:

@@ -16,8 +16,18 @@ from latency.measurement import Measurement, fingerprint
 from search.evaluation import Evaluator
 from search.objective import LATENCY, ObjectiveConfig
 from search.store import Store
+from search.trial import Trial
 from space.architecture import Architecture, graph_hash
 from space.errors import ConfigError, MeasurementError
+
+#: The metric of a finalist that was quantized: accuracy in int8, a fraction.
+INT8_ACCURACY = "int8_accuracy"
+
+
+def in_int8(store: Store, trials: Iterable[Trial]) -> bool:
+    """Return whether a device of a campaign computes in int8, as the trials' measurements say."""
+    ids = next((trial.measurement_ids for trial in trials if trial.measurement_ids), ())
+    return any(store.measurement(key).device.get("precision") == "int8" for key in ids)
 
 
 class Figures(NamedTuple):

@@ -188,7 +188,7 @@ class Objective:
         spread = f"they take {latencies[0]:.4g} to {latencies[-1]:.4g} ms"
         if meeting:
             return f"{meeting} of the first {len(known)} networks meet {what}; {spread}", meeting
-        advice = "choose a target that this space can meet on this device, if none is found"
+        advice = "if that stays so, the target is out of reach of this space on this device"
         return f"none of the first {len(known)} networks meets {what}; {spread}; {advice}", 0
 
     def rejects(self, metrics: Mapping[str, float]) -> str | None:

@@ -138,11 +138,16 @@ def _finding(facts: Facts) -> str:
         return "What became of the trials is listed below under “Trials without a reward”."
     sentences = []
     tested = finite(winner.get("test_accuracy"))
+    in_int8 = finite(winner.get("int8_test_accuracy"))
     if tested is not None:
+        reached, choice = f"{tested:.4f} accuracy", "choice"
+        if in_int8 is not None:
+            reached = f"{in_int8:.4f} accuracy in int8 and {tested:.4f} in float32"
+            choice = "choice by accuracy in int8 on held-out images"
         sentences.append(
-            f"Fully trained, it reaches {tested:.4f} accuracy on the test set of"
+            f"Fully trained, it reaches {reached} on the test set of"
             f" {int(winner.get('test_images') or 0):,} images, which was used once, after the"
-            " choice."
+            f" {choice}."
         )
     fidelity = f"{best.epochs:g} epoch{'' if best.epochs == 1 else 's'}"
     sentences.append(
@@ -206,11 +211,15 @@ def _best_tiles(best: Trial, facts: Facts) -> list[tuple[str, str, str]]:
     cost = _cost(best)
     measurement = facts.shown.measurement(best)
     spread = f"IQR {measurement[2]:.2g} ms, " if measurement else ""
-    validated = finite(facts.winner.get("validation_accuracy"))
     tiles = []
+    in_int8 = finite(facts.winner.get("int8_test_accuracy"))
+    if in_int8 is not None:
+        validated = finite(facts.winner.get("int8_validation_accuracy"))
+        tiles.append(("test accuracy in int8", f"{in_int8:.4f}", _held_out(validated)))
     if tested is not None:
-        note = "" if validated is None else f"held-out images: {validated:.4f}"
-        tiles.append(("test accuracy", f"{tested:.4f}", note))
+        validated = finite(facts.winner.get("validation_accuracy"))
+        label = "test accuracy" if in_int8 is None else "test accuracy in float32"
+        tiles.append((label, f"{tested:.4f}", _held_out(validated)))
     else:
         tiles.append(("accuracy", _figure(best.accuracy, ".4f"), "held-out images, in the search"))
     tiles.append(
@@ -226,6 +235,10 @@ def _best_tiles(best: Trial, facts: Facts) -> list[tuple[str, str, str]]:
         tiles.append(("parameters", f"{cost.parameters:,}", "trainable numbers"))
         tiles.append(("multiply-adds", f"{cost.macs:,}", "for one image"))
     return tiles
+
+
+def _held_out(accuracy: float | None) -> str:
+    return "" if accuracy is None else f"held-out images: {accuracy:.4f}"
 
 
 def _campaign_tiles(facts: Facts) -> list[tuple[str, str, str]]:
@@ -245,11 +258,12 @@ def _trade_off(facts: Facts) -> str:
     if not len(facts.scan.scored):
         return _nothing("No trial has both an accuracy and a latency yet.")
     whole = len(facts.scan.front())
+    in_float32 = ", in float32" if facts.int8 else ""
     on_front = "One network is" if whole == 1 else f"{whole:,} networks are"
     return (
         f"<p>{on_front} on the Pareto front: no other is as accurate and as fast. Accuracy is on"
-        f" images held out from the training set; latency is {_escape(facts.source)}. Pick a point"
-        " to find it in the table.</p>"
+        f" images held out from the training set{in_float32}; latency is"
+        f" {_escape(facts.source)}. Pick a point to find it in the table.</p>"
         '<label class="no-print"><input type="checkbox" id="logarithmic">logarithmic latency'
         '</label><div class="chart" id="trade-off-chart"></div>'
     )

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from search.accel_nasbench import AccelNasBenchConfig
 from search.config import CampaignConfig
+from search.measuring import INT8_ACCURACY, in_int8
 from search.objective import LATENCY, Objective
 from search.pareto import best_networks
 from search.store import Store, TrialFigures
@@ -131,7 +132,8 @@ class Facts:
         shown: Those shown one by one.
         target_ms: T, once it is known.
         winner: What the campaign recorded of its winner; empty without one.
-        device: Its name; empty without one.
+        device: Its name, with its precision if that is int8; empty without one.
+        int8: Whether a device computes in int8.
         diagnostics: Name -> points (batch, value), entropy first.
     """
 
@@ -142,6 +144,7 @@ class Facts:
     target_ms: float | None
     winner: dict[str, Any]
     device: str
+    int8: bool
     diagnostics: dict[str, list[tuple[int, float]]]
 
     @property
@@ -183,7 +186,9 @@ def read_facts(store: Store, config: CampaignConfig) -> Facts:
     measured = next((t.measurement_ids[0] for t in shown.trials if t.measurement_ids), None)
     device = getattr(config.device, "name", "")
     if measured is not None:
-        device = str(store.measurement(measured).device.get("name") or device)
+        identity = store.measurement(measured).device
+        device = str(identity.get("name") or device)
+        device += " in int8" if identity.get("precision") == "int8" else ""
     return Facts(
         store=store,
         config=config,
@@ -192,6 +197,7 @@ def read_facts(store: Store, config: CampaignConfig) -> Facts:
         target_ms=finite(store.meta("target_ms")),
         winner=store.meta("winner") or {},
         device=device,
+        int8=in_int8(store, shown.trials),
         diagnostics=_diagnostics(store),
     )
 
@@ -331,13 +337,14 @@ def _parts(trial: Trial) -> str:
     parts = trial.parts
     if parts is None:
         return ""
+    note = ", accuracy in int8" if INT8_ACCURACY in (trial.metrics or {}) else ""
     if parts.penalty:
         return (
             f"{parts.accuracy:.4f} − {parts.penalty:.4f} for {parts.latency_ms:.4g} in place of"
-            f" {parts.target_ms:.4g} ms"
+            f" {parts.target_ms:.4g} ms{note}"
         )
     ratio = f"({parts.latency_ms:.4g} / {parts.target_ms:.4g})^{parts.exponent:g}"
-    return f"{parts.accuracy:.4f} × {ratio} = {parts.accuracy:.4f} × {parts.factor:.4f}"
+    return f"{parts.accuracy:.4f} × {ratio} = {parts.accuracy:.4f} × {parts.factor:.4f}{note}"
 
 
 def _timings(trial: Trial) -> str:

@@ -88,6 +88,18 @@ def campaign_summary(folder: Path, store: Store, config: CampaignConfig) -> dict
     }
 
 
+def winner_text(winner: dict[str, Any]) -> str:
+    """Return a sentence on a campaign's winner: its accuracy, and in int8 if that chose it."""
+    accuracy = f"test accuracy {winner['test_accuracy']:.4f}"
+    in_int8 = winner.get("int8_test_accuracy")
+    if in_int8 is not None:
+        accuracy = (
+            f"chosen by its accuracy in int8; test accuracy {in_int8:.4f} in int8,"
+            f" {winner['test_accuracy']:.4f} in float32"
+        )
+    return f"trial {winner['trial']}: {accuracy}"
+
+
 #: Column of a table of trials -> how its figures are printed; counts in full.
 _FIGURES = {
     "reward": ".4f", "accuracy": ".4f", "latency_ms": ".3f", "parameters": ",", "macs": ",",
@@ -173,8 +185,8 @@ def campaign_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(
             (
                 "winner",
-                f"trial {winner['trial']}: test accuracy {winner['test_accuracy']:.4f} on"
-                f" {winner['test_images']:,} images, {winner['latency_ms']:.3f} ms",
+                f"{winner_text(winner)} on {winner['test_images']:,} images,"
+                f" {winner['latency_ms']:.3f} ms",
             )
         )
     return lines

@@ -89,6 +89,15 @@ def onnx_model(
     return model
 
 
+def with_metadata(model: bytes, metadata: Mapping[str, str]) -> bytes:
+    """Return an ONNX file with further metadata, key -> text; known keys get the new text."""
+    loaded = onnx.load_from_string(model)
+    known = {entry.key: entry.value for entry in loaded.metadata_props}
+    helper.set_model_props(loaded, {**known, **metadata})
+    content: bytes = loaded.SerializeToString()
+    return content
+
+
 def check_weights(architecture: Architecture, weights: Mapping[str, Any]) -> None:
     """Raise unless the weights are exactly the network's, by name and shape.
 

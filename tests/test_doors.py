@@ -16,13 +16,14 @@ DOORS = {
     "mindspore": {"space/network.py", "space/depthwise.py", "latency/ascend.py", "retrain/"},
     "onnx": {"space/onnx_graph.py"},
     "onnxruntime": {
-        "latency/int8.py",
         "latency/onnxruntime_device.py",
         "latency/runner.py",
         "retrain/export.py",
+        "space/quantization.py",
     },
     "numba": {"space/depthwise.py"},
-    "ray": {"search/ray_executor.py"},
+    "ray": {"search/ray_cluster.py"},
+    "mlflow": {"search/tracking.py"},
     "torch": {"retrain/weight_files.py"},
     "yaml": {"space/records.py"},
 }

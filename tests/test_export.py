@@ -309,6 +309,7 @@ def assert_complete(said: dict[str, Any]) -> None:
     assert said["architecture"] == network.text
     assert said["architecture_hash"] == network.hash
     assert said["padding"] == "symmetric"
+    assert said["precision"] == "float32"
     assert said["batch_norm_epsilon"] == 1e-5
     assert said["classes"] == list("0123456789")
     assert said["normalisation"] == {"mean": [0.3], "deviation": [0.35]}
@@ -332,7 +333,7 @@ def test_an_onnx_file_says_how_to_feed_it_and_takes_any_batch(
     assert [(o.domain, o.version) for o in model.opset_import] == [("", OPSET)]
     assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
     texts = {entry.key: entry.value for entry in model.metadata_props}
-    plain = ("architecture", "architecture_hash", "padding", "data")
+    plain = ("architecture", "architecture_hash", "padding", "precision", "data")
     assert_complete({k: v if k in plain else json.loads(v) for k, v in texts.items()})
     made = checkpoint(DIGITS, SYMMETRIC)
     session = ort.InferenceSession(out, providers=["CPUExecutionProvider"])

@@ -11,7 +11,7 @@ import pytest
 
 from latency.config import OnnxRuntimeConfig
 from latency.device import make_meter
-from latency.int8 import calibration_images, quantized
+from latency.int8 import calibration_images, int8_model
 from space.architecture import Architecture, parse_architecture
 from space.errors import ConfigError, MeasurementError
 from space.mnasnet import adapt, published
@@ -51,7 +51,7 @@ def correlation(architecture: Architecture) -> tuple[float, float]:
     size = architecture.resolution
     images = calibration_images(None, (architecture.input_channels, size, size))
     model = onnx_model(architecture).SerializeToString()
-    small = quantized(model, INPUT_NAME, images)
+    small = int8_model(model, images)
     pair = logits(model, images).ravel(), logits(small, images).ravel()
     return float(np.corrcoef(*pair)[0, 1]), len(model) / len(small)
 
@@ -115,12 +115,12 @@ def test_a_file_that_holds_no_images_is_a_sentence(tmp_path: Path) -> None:
 
 def test_a_graph_that_cannot_be_quantized_is_the_network_s_fault() -> None:
     with pytest.raises(MeasurementError, match="cannot quantize the network") as caught:
-        quantized(b"no model", INPUT_NAME, np.zeros((1, 1, 16, 16), np.float32))
+        int8_model(b"no model", np.zeros((1, 1, 16, 16), np.float32))
     assert caught.value.cause == "architecture"
 
 
 def test_quantizing_leaves_the_root_logger_alone() -> None:
     handlers = list(logging.root.handlers)
     images = calibration_images(None, (1, 16, 16))
-    quantized(onnx_model(SMALL).SerializeToString(), INPUT_NAME, images)
+    int8_model(onnx_model(SMALL).SerializeToString(), images)
     assert logging.root.handlers == handlers
