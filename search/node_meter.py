@@ -30,69 +30,128 @@ START_LIMIT_S = 120.0
 class _AtNode:
     """The body of a Ray actor at the device's node; the device is its for as long as it lives."""
 
-    def __init__(self, device: DeviceConfig | PluginConfig, full: bool) -> None:
+    def __init__(self, device: DeviceConfig | PluginConfig) -> None:
         self._device = device
-        self._full = full
+        self._meters: dict[bool, LatencyMeter] = {}
 
-    def start(self) -> None:
-        """Make the meter; not in the constructor, whose exceptions Ray hides behind its own."""
+    def meter(self, *, full: bool) -> LatencyMeter:
+        """Return what measures quickly, if the device is configured so, or fully."""
         from search.parts import device_meter
 
-        self._meter = device_meter(self._device, full=self._full)
+        if full not in self._meters:
+            self._meters[full] = device_meter(self._device, full=full)
+        return self._meters[full]
 
-    def identity(self) -> dict[str, Any] | MeasurementError:
+    def identity(self, *, full: bool) -> dict[str, Any] | MeasurementError:
         """Return the meter's, or why there is none."""
         try:
-            return self._meter.identity()
+            return self.meter(full=full).identity()
         except MeasurementError as error:
             return error
 
     def measure_all(
-        self, architectures: list[Architecture], style: NetworkStyle
+        self, architectures: list[Architecture], style: NetworkStyle, *, full: bool
     ) -> Iterator[Outcome]:
         """Yield what the meter yields, one by one."""
-        yield from self._meter.measure_all(architectures, style)
+        yield from self.meter(full=full).measure_all(architectures, style)
+
+
+class _Bench:
+    """A process at the device's node, as the engine's sees it: started when it is needed.
+
+    Args:
+        config: Of the cluster.
+        device: Of the device; its name is the resource's.
+
+    Raises:
+        ConfigError: The cluster cannot be joined, or no node of it offers the device.
+    """
+
+    def __init__(self, config: RayConfig, device: DeviceConfig | PluginConfig) -> None:
+        self._config = config
+        self._device = device
+        self._session, self._actor = "", None
+        self.resource = f"device:{device.name}"
+        self.ray = connect(config)
+        if self.resource not in self.ray.cluster_resources():
+            raise ConfigError(
+                f"executor.devices: no node of Ray's cluster offers {self.resource!r}; start the"
+                f" node at which {device.name} hangs with `ray start --address ... --resources"
+                f" '{{\"{self.resource}\": 1}}'`."
+            )
+
+    def started(self) -> Any:
+        """Return the process; a new one, if there is none or the connection is a new one.
+
+        Raises:
+            MeasurementError: The node does not start it.
+            ConfigError: What is configured of the device does not work there.
+        """
+        self.ray = connect(self._config)  # the executor leaves the cluster when it is done
+        session = self.ray.get_runtime_context().get_job_id()
+        if self._actor is not None and self._session == session:
+            return self._actor
+        actor = (
+            self.ray.remote(_AtNode)
+            .options(num_cpus=0, resources={self.resource: 1})
+            .remote(self._device)
+        )
+        try:
+            self.ray.get(actor.identity.remote(full=False), timeout=START_LIMIT_S)
+        except self.ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, ConfigError):
+                raise error.cause from None
+            raise self.lost(error) from None
+        except self.ray.exceptions.RayError as error:
+            self.ray.kill(actor)
+            raise self.lost(error) from None
+        self._session, self._actor = session, actor
+        return actor
+
+    def lost(self, error: Exception) -> MeasurementError:
+        """Return what a node that is gone, or has no room, means for a measurement."""
+        self._actor = None
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return MeasurementError(f"the node of {self.resource} gives no figure: {first_line}")
 
 
 class NodeMeter(LatencyMeter):
     """Times networks on a device of another node.
 
     Args:
-        config: Of the cluster.
-        device: Of the device; its name is the resource's.
+        bench: The process there.
         full: Never quickly.
-
-    Raises:
-        ConfigError: The cluster cannot be joined, no node of it offers the device, or what is
-            configured of the device does not work there.
     """
 
-    def __init__(
-        self, config: RayConfig, device: DeviceConfig | PluginConfig, *, full: bool
-    ) -> None:
-        self._config = config
-        self._device = device
+    def __init__(self, bench: _Bench, *, full: bool) -> None:
+        self._bench = bench
         self._full = full
-        self._resource = f"device:{device.name}"
-        self._ray = connect(config)
-        if self._resource not in self._ray.cluster_resources():
-            raise ConfigError(
-                f"executor.devices: no node of Ray's cluster offers {self._resource!r}; start the"
-                f" node at which {device.name} hangs with `ray start --address ... --resources"
-                f" '{{\"{self._resource}\": 1}}'`."
-            )
-        self._session, self._actor = "", None
+
+    @classmethod
+    def at_node(cls, config: RayConfig, device: DeviceConfig | PluginConfig) -> NodeMeter:
+        """Return what measures as the device is configured.
+
+        Raises:
+            ConfigError: The cluster cannot be joined, no node of it offers the device, or what is
+                configured of the device does not work there.
+        """
+        bench = _Bench(config, device)
         try:
-            self._started()
+            bench.started()
         except MeasurementError as error:
             raise ConfigError(f"executor.devices: {error}.") from None
+        return cls(bench, full=False)
+
+    def in_full(self) -> NodeMeter:
+        """Return what never measures quickly, in the same process."""
+        return NodeMeter(self._bench, full=True)
 
     def identity(self) -> dict[str, Any]:
         """Return what the device's own meter returns."""
         try:
-            found = self._ray.get(self._started().identity.remote())
-        except self._ray.exceptions.RayError as error:
-            raise self._lost(error) from None
+            found = self._bench.ray.get(self._bench.started().identity.remote(full=self._full))
+        except self._bench.ray.exceptions.RayError as error:
+            raise self._bench.lost(error) from None
         if isinstance(found, MeasurementError):
             raise found
         return cast("dict[str, Any]", found)
@@ -112,49 +171,19 @@ class NodeMeter(LatencyMeter):
         process measures the rest; if the node starts none, they have no figure either.
         """
         left = {network.hash: network for network in architectures}
+        bench = self._bench
         while left:
             try:
-                for outcome in self._started().measure_all.remote(list(left.values()), style):
-                    network, found = self._ray.get(outcome)
+                outcomes = bench.started().measure_all.remote(
+                    list(left.values()), style, full=self._full
+                )
+                for outcome in outcomes:
+                    network, found = bench.ray.get(outcome)
                     yield left.pop(network.hash), found
             except MeasurementError as error:
                 yield from ((network, error) for network in left.values())
                 return
-            except self._ray.exceptions.RayError as error:
-                yield left.pop(next(iter(left))), self._lost(error)
+            except bench.ray.exceptions.RayError as error:
+                yield left.pop(next(iter(left))), bench.lost(error)
             else:
                 return
-
-    def _started(self) -> Any:
-        """The process that measures; a new one, if there is none or the connection is a new one.
-
-        Raises:
-            MeasurementError: The node does not start it.
-            ConfigError: What is configured of the device does not work there.
-        """
-        self._ray = connect(self._config)  # the executor leaves the cluster when it is done
-        session = self._ray.get_runtime_context().get_job_id()
-        if self._actor is not None and self._session == session:
-            return self._actor
-        actor = (
-            self._ray.remote(_AtNode)
-            .options(num_cpus=0, resources={self._resource: 1})
-            .remote(self._device, self._full)
-        )
-        try:
-            self._ray.get(actor.start.remote(), timeout=START_LIMIT_S)
-        except self._ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, ConfigError):
-                raise error.cause from None
-            raise self._lost(error) from None
-        except self._ray.exceptions.RayError as error:
-            self._ray.kill(actor)
-            raise self._lost(error) from None
-        self._session, self._actor = session, actor
-        return actor
-
-    def _lost(self, error: Exception) -> MeasurementError:
-        """What a node that is gone, or has no room, means for a measurement."""
-        self._actor = None
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return MeasurementError(f"the node of {self._resource} gives no figure: {first_line}")

@@ -20,6 +20,7 @@ from search.config import (
 )
 from search.evaluation import make_evaluator
 from search.measuring import Latencies
+from search.node_meter import NodeMeter
 from search.objective import Objective
 from search.store import Store
 from space.architecture import Architecture
@@ -110,21 +111,24 @@ class Parts:
         """
         return Latencies(
             self.config.objective,
-            _make_meters(self.config, full=True) if full else self.meters,
+            self._full_meters() if full else self.meters,
             self.evaluator,
             store,
             self.reference,
-            self._reference_meters(),
+            self._full_meters(),
         )
 
-    def _reference_meters(self) -> dict[str, LatencyMeter]:
-        """What measures the reference network; a device without efforts is opened only once."""
-        return {
-            device.name: _make_meter(self.config, device, full=True)
-            if isinstance(device, (OnnxRuntimeConfig, SshConfig))
-            else self.meters[device.name]
-            for device in self.config.devices
-        }
+    def _full_meters(self) -> dict[str, LatencyMeter]:
+        """What never measures quickly; a device that has no quick way is opened only once."""
+        return {device.name: self._full_meter(device) for device in self.config.devices}
+
+    def _full_meter(self, device: DeviceConfig | PluginConfig) -> LatencyMeter:
+        meter = self.meters[device.name]
+        if isinstance(meter, NodeMeter):
+            return meter.in_full()
+        if isinstance(device, (OnnxRuntimeConfig, SshConfig)):
+            return device_meter(device, full=True)
+        return meter
 
     def _metrics_of(self, tokens: tuple[int, ...]) -> Mapping[str, float]:
         cost = count(self.space.decode(tokens))
@@ -146,22 +150,18 @@ def campaign_space(config: CampaignConfig) -> SearchSpace:
     )
 
 
-def _make_meters(config: CampaignConfig, *, full: bool = False) -> dict[str, LatencyMeter]:
-    return {device.name: _make_meter(config, device, full=full) for device in config.devices}
+def _make_meters(config: CampaignConfig) -> dict[str, LatencyMeter]:
+    made: dict[str, LatencyMeter] = {}
+    for device in config.devices:
+        if device.name in config.at_nodes:
+            assert isinstance(config.executor, RayConfig)  # nodes are a cluster's
+            made[device.name] = NodeMeter.at_node(config.executor, device)
+        else:
+            made[device.name] = device_meter(device)
+    return made
 
 
-def _make_meter(
-    config: CampaignConfig, device: DeviceConfig | PluginConfig, *, full: bool
-) -> LatencyMeter:
-    if device.name not in config.at_nodes:
-        return device_meter(device, full=full)
-    assert isinstance(config.executor, RayConfig)  # nodes are a cluster's
-    from search.node_meter import NodeMeter
-
-    return NodeMeter(config.executor, device, full=full)
-
-
-def device_meter(device: DeviceConfig | PluginConfig, *, full: bool) -> LatencyMeter:
+def device_meter(device: DeviceConfig | PluginConfig, *, full: bool = False) -> LatencyMeter:
     """Return what measures on a device of this machine; `full`: never quickly.
 
     Raises:

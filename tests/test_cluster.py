@@ -124,6 +124,35 @@ def test_a_device_is_measured_at_the_node_where_it_hangs(
 
 
 @pytest.mark.slow
+def test_a_real_device_at_a_node_measures_the_target_and_the_networks(
+    tmp_path: Path, cluster: Any
+) -> None:
+    cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=0, resources={"device:host_quick": 1})
+    values = {
+        "name": "at_node",
+        "space": {"name": "small_image"},
+        "controller": {"name": "random"},
+        "evaluator": {"name": "synthetic"},
+        "objective": {"target": {"reference": "mnasnet-small", "times": 0.5}},
+        "device": "host_quick",
+        "executor": {
+            "name": "ray", "address": cluster.address, "devices": ["host_quick"], "workers": 1,
+        },
+        "batch_size": 2,
+        "stop": {"trials": 4},
+    }  # fmt: skip
+    start(campaign_config(values, where="test", folder=tmp_path), tmp_path / "run")
+    store = Store(tmp_path / "run" / "campaign.db", read_only=True)
+    assert [trial.outcome for trial in store.trials()] == ["completed"] * 4
+    target = store.measurement(store.meta("target_measurement"))
+    quick = store.measurement(store.trials()[0].measurement_ids[0])
+    # The reference is measured fully, all others as the device is configured.
+    assert (target.device["effort"], quick.device["effort"]) == ("full", "quick")
+    assert store.meta("target_ms") == pytest.approx(0.5 * target.median_ms)
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_campaign_outlives_a_node_and_takes_in_a_new_one(tmp_path: Path, cluster: Any) -> None:
     nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
