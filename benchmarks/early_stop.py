@@ -37,7 +37,7 @@ def replay(trials: list[Trial], rule: EarlyStop) -> dict[int, int]:
             ended = next((e for e in sorted(curve) if curve[e] < bars.get(e, 0.0)), None)
             if ended is not None:
                 stopped[trial.id] = ended
-                later = {f"accuracy@{epoch}" for epoch in curve if epoch > ended}
+                later = {f"accuracy@epoch{epoch}" for epoch in curve if epoch > ended}
                 metrics = {name: metrics[name] for name in metrics if name not in later}
             learned.append(replace(trial, metrics=metrics))
         rule.note(learned)

@@ -7,7 +7,10 @@ flushed to disk and renamed: a reader sees all or nothing.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,8 @@ from space.errors import ConfigError
 from space.files import write_atomically
 from space.parameters import parameter_shapes
 from space.records import build, record, to_plain
+
+logger = logging.getLogger(__name__)
 
 Weights = dict[str, NDArray[np.float32]]
 
@@ -199,15 +204,21 @@ def load_state(path: Path) -> SavedState:
 class KeptState:
     """The state of one training in a file: what a later process goes on from.
 
+    A file that cannot be written is worth a warning: the training does not depend on it.
+
     Args:
-        path: Of the file; its folder is made.
+        folder: Of the file; it is made.
         architecture: The network.
         recipe: Of the training.
         seed: Of the training.
     """
 
-    def __init__(self, path: Path, architecture: Architecture, recipe: Recipe, seed: int) -> None:
-        self._path = path
+    def __init__(
+        self, folder: Path, architecture: Architecture, recipe: Recipe, seed: int
+    ) -> None:
+        # Trainings of other recipes may keep their states in the same folder.
+        digest = hashlib.sha256(json.dumps(to_plain(recipe)).encode()).hexdigest()[:8]
+        self._path = folder / f"{architecture.hash}-{digest}-{seed}.safetensors"
         self._architecture = architecture
         self._recipe = recipe
         self._seed = seed
@@ -223,14 +234,17 @@ class KeptState:
 
     def save(self, state: TrainState) -> None:
         """Write the state, replacing the one before."""
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        save_state(
-            self._path, SavedState(self._architecture.text, self._recipe, self._seed, None, state)
-        )
+        saved = SavedState(self._architecture.text, self._recipe, self._seed, None, state)
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            save_state(self._path, saved)
+        except OSError as error:
+            logger.warning("%s: the state is not kept: %s", self._path, error)
 
     def remove(self) -> None:
         """Remove the file, if it is there."""
-        self._path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
 
 
 def check_weights(

@@ -117,7 +117,7 @@ class AsyncSearch(Search):
             diagnostics,
             state_to_bytes(controller.state_dict()),
         )
-        self._note_batch(self._updates, trials)
+        self._note_batch(self._updates, trials, learned)
         self.watcher.update(self._updates, diagnostics)
         self._updates += 1
 

@@ -461,11 +461,11 @@ def open_ranking(
         raise ConfigError("--rank: executor.npus: there is no NPU here; set executor.npus=0.")
     networks = spread(parts_here(config, findings).space, config.seed, number)
     settings = _settings(config)
-    kept = _read(path, settings)
+    _read(path, settings)  # another campaign's is refused before anything is made
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with filelock.FileLock(path.with_name(f".{path.name}.lock"), timeout=0):
-            ranking = Ranking(config, networks, path, kept, repeats)
+            ranking = Ranking(config, networks, path, _read(path, settings), repeats)
             yield ranking
             with suppress(OSError):  # there is none, or it holds a state to go on from
                 ranking.states.rmdir()

@@ -92,7 +92,8 @@ class EarlyStop:
                 " evaluator gives it afterwards; give a device, or leave early_stop out."
             )
         return {
-            epoch: self._objective.accuracy_for(self._quantile(rewards), metrics)
+            # A hair less, so that rounding stops no child that is just as good.
+            epoch: self._objective.accuracy_for(self._quantile(rewards), metrics) - 1e-9
             if len(rewards) >= self._config.min_trials and self._config.quantile
             else 0.0
             for epoch, rewards in self._rewards.items()

@@ -54,8 +54,8 @@ class TrialStopped(Exception):
     """A child that is not worth another epoch."""
 
 
-#: A metric with the accuracy after an epoch is named by it: accuracy@1, accuracy@2, ...
-_CURVE = "accuracy@"
+#: A metric with the accuracy after an epoch is named by it: accuracy@epoch1, ...
+_CURVE = "accuracy@epoch"
 
 
 def curve_of(metrics: Mapping[str, float]) -> dict[int, float]:
@@ -184,8 +184,7 @@ class TrainEvaluator(Evaluator):
         if self._checkpoints is not None:
             from retrain.checkpoint import KeptState
 
-            name = f"{architecture.hash}-{seed}.safetensors"
-            kept = KeptState(Path(self._checkpoints) / name, architecture, self._recipe, seed)
+            kept = KeptState(Path(self._checkpoints), architecture, self._recipe, seed)
         try:
             result = train(
                 architecture,
@@ -197,9 +196,13 @@ class TrainEvaluator(Evaluator):
                 state=kept.load() if kept else None,
                 on_state=kept.save if kept else None,
             )
-        finally:
+        except (TrialFailed, TrialStopped):
             if kept:
                 kept.remove()
+            raise
+        # Nothing else removes it: a process that is told to end leaves what the next one needs.
+        if kept:
+            kept.remove()
         return Evaluation(
             accuracy=result.accuracy,
             metrics={"train_loss": result.losses[-1], "images_per_s": result.images_per_s},

@@ -309,7 +309,7 @@ class Search:
                 {**known, **evaluation.metrics}
             )  # fmt: skip
             result = self._rewarded(evaluation.accuracy, metrics)
-        return replace(trial, attempt=attempt, timings=timings, **result)
+        return replace(trial, attempt=attempt, timings=timings, finished_at=time.time(), **result)
 
     def _rewarded(self, accuracy: float, metrics: dict[str, float]) -> dict[str, Any]:
         """What a trial becomes by these figures: completed, or failed if they give no reward."""
@@ -345,7 +345,8 @@ class Search:
 
     def _finish(self, trial: Trial) -> None:
         """Transaction (b)."""
-        trial = replace(trial, finished_at=time.time())
+        if trial.finished_at is None:
+            trial = replace(trial, finished_at=time.time())
         if not self.store.finish_trial(trial):
             raise RuntimeError(f"trial {trial.id} already had a result: two writers?")
         self._batch[trial.id] = trial
@@ -365,16 +366,16 @@ class Search:
         diagnostics = controller.diagnostics()
         self._note_time()
         self.store.commit_update(batch, [trial.id for trial in learned], diagnostics)
-        self._note_batch(batch, trials)
+        self._note_batch(batch, trials, learned)
         self.watcher.update(batch, diagnostics)
 
-    def _note_batch(self, number: int, trials: Sequence[Trial]) -> None:
-        """Count trials that the controller has learned from, for the rules."""
+    def _note_batch(self, number: int, trials: Sequence[Trial], learned: Sequence[Trial]) -> None:
+        """Count a batch, and those of it that the controller has learned from, for the rules."""
         if number == 0:
             self._tell_feasible(trials)
         self._tally.note_batch(trials)
         if self._early_stop is not None:
-            self._early_stop.note(trials)
+            self._early_stop.note(learned)
 
     def _tell_feasible(self, trials: Sequence[Trial]) -> None:
         """Say early whether the target is within reach."""

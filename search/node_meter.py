@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from latency.device import DeviceConfig, LatencyMeter, Outcome, only_measurement
 from latency.measurement import Measurement
-from search.ray_cluster import connect
+from search.ray_cluster import connect, gist
 from space.architecture import PAPER_STYLE, Architecture, NetworkStyle
 from space.errors import ConfigError, MeasurementError
 
@@ -98,10 +98,6 @@ class _Bench:
         )
         try:
             self.ray.get(actor.identity.remote(full=False), timeout=START_LIMIT_S)
-        except self.ray.exceptions.RayTaskError as error:
-            if isinstance(error.cause, ConfigError):
-                raise error.cause from None
-            raise self.lost(error) from None
         except self.ray.exceptions.RayError as error:
             self.ray.kill(actor)
             raise self.lost(error) from None
@@ -109,10 +105,16 @@ class _Bench:
         return actor
 
     def lost(self, error: Exception) -> MeasurementError:
-        """Return what a node that is gone, or has no room, means for a measurement."""
+        """Return what a node that is gone, or has no room, means for a measurement.
+
+        Raises:
+            ConfigError: It is the device's configuration that does not work there.
+        """
         self._actor = None
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return MeasurementError(f"the node of {self.resource} gives no figure: {first_line}")
+        cause = getattr(error, "cause", None)
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        return MeasurementError(f"the node of {self.resource} gives no figure: {gist(error)}")
 
 
 class NodeMeter(LatencyMeter):
@@ -167,23 +169,33 @@ class NodeMeter(LatencyMeter):
     ) -> Iterator[Outcome]:
         """Yield every network once, in the order of the device's own meter.
 
-        If the process at the node dies, the network that was its turn has no figure, and another
-        process measures the rest; if the node starts none, they have no figure either.
+        If the process at the node dies, the networks that are left are measured one by one, so
+        that those alone of which it dies have no figure; if the node starts no other process, the
+        rest has none either.
         """
         left = {network.hash: network for network in architectures}
-        bench = self._bench
+        together = True
         while left:
+            asked = list(left.values()) if together else [next(iter(left.values()))]
             try:
-                outcomes = bench.started().measure_all.remote(
-                    list(left.values()), style, full=self._full
-                )
-                for outcome in outcomes:
-                    network, found = bench.ray.get(outcome)
+                for network, found in self._outcomes(asked, style):
                     yield left.pop(network.hash), found
             except MeasurementError as error:
                 yield from ((network, error) for network in left.values())
                 return
-            except bench.ray.exceptions.RayError as error:
-                yield left.pop(next(iter(left))), bench.lost(error)
+            except self._bench.ray.exceptions.RayError as error:
+                lost = self._bench.lost(error)
+                if len(asked) == 1 and asked[0].hash in left:
+                    yield left.pop(asked[0].hash), lost
+                together = False
             else:
-                return
+                for network in (network for network in asked if network.hash in left):
+                    yield left.pop(network.hash), MeasurementError("its meter gave no figure")
+
+    def _outcomes(
+        self, architectures: list[Architecture], style: NetworkStyle
+    ) -> Iterator[Outcome]:
+        actor = self._bench.started()
+        for outcome in actor.measure_all.remote(architectures, style, full=self._full):
+            found: Outcome = self._bench.ray.get(outcome)
+            yield found

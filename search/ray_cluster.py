@@ -78,3 +78,11 @@ def _check_reachable(address: str | None) -> None:
             f"executor.address: no Ray cluster answers at {address!r} ({error}); start it with"
             " `ray start --head`, or leave the address out for a local one."
         ) from None
+
+
+def gist(error: Exception) -> str:
+    """Return one line of an error of Ray's: the exception that ended the worker, if it tells."""
+    lines = str(error).strip().splitlines() or [""]
+    # After the worker's traceback, its exception is the last line; a dead process has none.
+    traced = any(line.lstrip().startswith("File ") for line in lines)
+    return lines[-1 if traced else 0].strip()

