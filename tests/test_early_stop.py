@@ -212,6 +212,7 @@ def evaluator_with_checkpoints(
     return kind(TrainEvaluatorConfig("train", recipe, str(folder)), threads=1)
 
 
+@pytest.mark.slow
 def test_a_child_whose_worker_died_goes_on_from_its_last_epoch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
