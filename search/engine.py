@@ -59,6 +59,41 @@ class Silent:
         """Ignore it."""
 
 
+class Relay:
+    """A watcher that passes on what it is told: what further watchers are made from.
+
+    Args:
+        watcher: Is told everything.
+    """
+
+    def __init__(self, watcher: CampaignWatcher) -> None:
+        self._watcher = watcher
+
+    def phase(self, name: str, total: int) -> None:
+        """Pass it on."""
+        self._watcher.phase(name, total)
+
+    def advance(self) -> None:
+        """Pass it on."""
+        self._watcher.advance()
+
+    def trial(self, trial: Trial) -> None:
+        """Pass it on."""
+        self._watcher.trial(trial)
+
+    def update(self, batch: int, diagnostics: Mapping[str, float]) -> None:
+        """Pass it on."""
+        self._watcher.update(batch, diagnostics)
+
+    def line(self, text: str) -> None:
+        """Pass it on."""
+        self._watcher.line(text)
+
+    def note(self, text: str) -> None:
+        """Pass it on."""
+        self._watcher.note(text)
+
+
 @record
 class CampaignOutcome:
     """How a campaign ended.

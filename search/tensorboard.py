@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from search.engine import CampaignWatcher, Relay
 from search.trial import Trial
 
-if TYPE_CHECKING:
-    from search.engine import CampaignWatcher
 
-
-class TensorBoard:
+class TensorBoard(Relay):
     """A watcher that draws what it is told, and passes it on to another one.
 
     Reward, accuracy, metrics and times are drawn over trials, the controller's diagnostics (the
@@ -26,35 +23,19 @@ class TensorBoard:
     def __init__(self, watcher: CampaignWatcher, folder: Path) -> None:
         from tensorboardX import SummaryWriter  # type: ignore[import-untyped]
 
-        self._watcher = watcher
+        super().__init__(watcher)
         self._writer = SummaryWriter(str(folder))
-
-    def phase(self, name: str, total: int) -> None:
-        """Pass it on."""
-        self._watcher.phase(name, total)
-
-    def advance(self) -> None:
-        """Pass it on."""
-        self._watcher.advance()
-
-    def line(self, text: str) -> None:
-        """Pass it on."""
-        self._watcher.line(text)
-
-    def note(self, text: str) -> None:
-        """Pass it on."""
-        self._watcher.note(text)
 
     def trial(self, trial: Trial) -> None:
         """Draw a trial's figures."""
-        self._watcher.trial(trial)
+        super().trial(trial)
         figures = {"reward": trial.reward, "accuracy": trial.accuracy, **(trial.metrics or {})}
         self._draw("trial", figures, trial.id)
         self._draw("seconds", trial.timings or {}, trial.id)
 
     def update(self, batch: int, diagnostics: Mapping[str, float]) -> None:
         """Draw a controller's diagnostics."""
-        self._watcher.update(batch, diagnostics)
+        super().update(batch, diagnostics)
         self._draw("controller", diagnostics, batch)
         self._writer.flush()
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from search.campaign import open_to_read
 from search.config import CampaignConfig, config_to_plain
+from search.engine import CampaignWatcher, Relay
 from search.trial import Trial
 from space.errors import ConfigError
 from space.files import write_atomically
@@ -30,8 +31,6 @@ from space.files import write_atomically
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
-
-    from search.engine import CampaignWatcher
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +84,7 @@ def connect(uri: str | None) -> MlflowClient:
     return client
 
 
-class MlflowTracking:
+class MlflowTracking(Relay):
     """A watcher that logs what it is told to an MLflow run, and passes it on to another one.
 
     Use it as a context manager. The experiment is named after the campaign (or by
@@ -112,7 +111,7 @@ class MlflowTracking:
         folder: Path,
         config: CampaignConfig,
     ) -> None:
-        self._watcher = watcher
+        super().__init__(watcher)
         self._client = client
         self._folder = folder
         self._config = config
@@ -143,25 +142,9 @@ class MlflowTracking:
         except Exception as problem:  # see _send
             self._warn(problem)
 
-    def phase(self, name: str, total: int) -> None:
-        """Pass it on."""
-        self._watcher.phase(name, total)
-
-    def advance(self) -> None:
-        """Pass it on."""
-        self._watcher.advance()
-
-    def line(self, text: str) -> None:
-        """Pass it on."""
-        self._watcher.line(text)
-
-    def note(self, text: str) -> None:
-        """Pass it on."""
-        self._watcher.note(text)
-
     def trial(self, trial: Trial) -> None:
         """Log a trial's figures; its id is their step."""
-        self._watcher.trial(trial)
+        super().trial(trial)
         figures = {"reward": trial.reward, "accuracy": trial.accuracy, **(trial.metrics or {})}
         self._log("trial", figures, trial.id)
         self._log("seconds", trial.timings or {}, trial.id)
@@ -169,7 +152,7 @@ class MlflowTracking:
 
     def update(self, batch: int, diagnostics: Mapping[str, float]) -> None:
         """Log a controller's diagnostics; the update's number is their step."""
-        self._watcher.update(batch, diagnostics)
+        super().update(batch, diagnostics)
         self._log("controller", diagnostics, batch)
         self._send()
 
