@@ -8,7 +8,6 @@ from typing import Any
 
 from latency.device import LatencyMeter
 from latency.measurement import Measurement
-from latency.timing import NOISY_SPREAD
 from space.architecture import (
     PAPER_STYLE,
     Architecture,
@@ -114,8 +113,6 @@ def _measure(
 def _check_measurement(meter: LatencyMeter, found: Measurement) -> list[CheckResult]:
     counts = (found.inner_iterations, found.warmup_runs + 1, found.attempts)
     identity = meter.identity()
-    verdict = "noisy" if found.spread > NOISY_SPREAD else "ok"
-    verdict = "drifted" if found.drifted else verdict
     return [
         _result(
             "samples are positive and finite, at least one",
@@ -133,10 +130,6 @@ def _check_measurement(meter: LatencyMeter, found: Measurement) -> list[CheckRes
         ),
         _result("environment holds JSON values", _json_fault(found.environment)),
         _result("metrics holds finite numbers", _metrics_fault(found.metrics)),
-        _result(
-            "the verdict is noisy exactly if IQR / median exceeds 10 %",
-            "" if found.verdict == verdict else f"got {found.verdict!r} at {found.spread:.1%}",
-        ),
     ]
 
 
