@@ -284,6 +284,8 @@ class CampaignConfig:
         evaluator: What gives their accuracy.
         device: What gives their latency; null if the evaluator gives `latency_ms` itself.
         other_devices: Where they are measured, too: see `objective.device_weights`.
+        measurement_cache: A file of measurements that campaigns share: what one of them has timed
+            on a device is not timed again (search/measurement_cache.py). Made if missing.
         objective: Accuracy and latency -> reward.
         batch_size: Proposals that are evaluated before the controller learns from them.
         mode: `sync`: a batch is evaluated as a whole before the next one is proposed (the paper's;
@@ -308,6 +310,7 @@ class CampaignConfig:
     stop: StopConfig
     device: DeviceChoice | None = None
     other_devices: tuple[DeviceChoice, ...] = ()
+    measurement_cache: str | None = None
     retrain: RetrainConfig | None = None
     early_stop: EarlyStopConfig | None = None
     warm_start: WarmStartConfig | None = None
@@ -385,6 +388,7 @@ class CampaignConfig:
 #: Keys that may differ when a campaign goes on: none of them changes what a trial's result means.
 RESUMABLE = (
     "stop",
+    "measurement_cache",
     "executor.workers",
     "executor.pin",
     "executor.address",
@@ -433,6 +437,9 @@ def campaign_config(values: dict[str, Any], *, where: str, folder: Path) -> Camp
         keyed = [_plugin_keys(other, f"{where}: other_devices") for other in others]
         resolved["other_devices"] = keyed
     config = build(CampaignConfig, resolved, where=where)
+    if config.measurement_cache is not None:
+        absolute = str(Path(config.measurement_cache).expanduser().absolute())
+        config = replace(config, measurement_cache=absolute)
     if isinstance(config.evaluator, AccelNasBenchConfig):
         return replace(config, evaluator=resolve(config.evaluator))
     return config

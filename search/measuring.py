@@ -14,6 +14,7 @@ from typing import NamedTuple
 from latency.device import LatencyMeter
 from latency.measurement import Measurement, fingerprint
 from search.evaluation import Evaluator
+from search.measurement_cache import MeasurementCache
 from search.objective import LATENCY, ObjectiveConfig
 from search.store import Store
 from search.trial import Trial
@@ -57,6 +58,7 @@ class Latencies:
         reference: The network whose latency the targets are multiples of, if that is configured.
         reference_meters: Name -> what measures it: at full precision, since every reward depends
             on it. None takes `meters`.
+        cache: Measurements that are common to several campaigns.
 
     Raises:
         ConfigError: The reference network cannot be measured.
@@ -70,12 +72,14 @@ class Latencies:
         store: Store,
         reference: Architecture | None,
         reference_meters: Mapping[str, LatencyMeter] | None = None,
+        cache: MeasurementCache | None = None,
     ) -> None:
         self._config = config
         self._meters = meters
         self._reference_meters = meters if reference_meters is None else reference_meters
         self._evaluator = evaluator
         self._store = store
+        self._cache = cache
         self._targets = self._known_targets() or self._new_targets(reference)
         store.set_meta("targets", self._targets)
         store.set_meta("target_ms", self.target_ms)
@@ -115,7 +119,7 @@ class Latencies:
     def _on_one(
         self, meter: LatencyMeter, networks: list[Architecture], *, anew: bool
     ) -> Iterator[tuple[Architecture, tuple[int, Measurement] | MeasurementError]]:
-        """The networks' measurements on one device, from the database or the device."""
+        """The networks' measurements on one device, from the databases or the device."""
         try:
             device = fingerprint(meter.identity())
         except MeasurementError as error:
@@ -123,7 +127,7 @@ class Latencies:
             return
         missing = []
         for network in networks:
-            known = None if anew else self._store.find_measurement(graph_hash(network), device)
+            known = None if anew else self._known(graph_hash(network), device)
             if known is None:
                 missing.append(network)
             else:
@@ -132,7 +136,17 @@ class Latencies:
             if isinstance(outcome, MeasurementError):
                 yield network, outcome
             else:
+                if self._cache is not None:
+                    self._cache.add(outcome)
                 yield network, (self._store.add_measurement(outcome), outcome)
+
+    def _known(self, graph: str, device: str) -> tuple[int, Measurement] | None:
+        """A graph's earlier measurement: the campaign's own, or a copy of the cache's."""
+        own = self._store.find_measurement(graph, device)
+        if own is not None or self._cache is None:
+            return own
+        shared = self._cache.find(graph, device)
+        return None if shared is None else (self._store.add_measurement(shared), shared)
 
     def _figures(
         self, by_device: Mapping[str, tuple[int, Measurement]], seconds: float

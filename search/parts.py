@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from search.config import (
     load_class,
 )
 from search.evaluation import make_evaluator
+from search.measurement_cache import MeasurementCache
 from search.measuring import Latencies
 from search.node_meter import NodeMeter
 from search.objective import Objective
@@ -41,6 +43,8 @@ class Parts:
         self.config = config
         self.space = campaign_space(config)
         self.meters = _make_meters(config)
+        path = config.measurement_cache
+        self.measurement_cache = None if path is None else MeasurementCache(Path(path))
         self.evaluator = make_evaluator(config.evaluator, threads=1)
         self.epochs = self.evaluator.epochs
         early_stop = config.early_stop
@@ -116,6 +120,7 @@ class Parts:
             store,
             self.reference,
             self._full_meters(),
+            self.measurement_cache,
         )
 
     def _full_meters(self) -> dict[str, LatencyMeter]:

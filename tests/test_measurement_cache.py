@@ -1,0 +1,85 @@
+"""The file of measurements that campaigns share."""
+
+from __future__ import annotations
+
+import sqlite3
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from campaigns import mnas, write_synthetic
+
+from latency.measurement import Measurement
+from search.config import load_campaign_config
+from search.engine import resume, start
+from search.measurement_cache import MeasurementCache
+from search.store import Store
+from space.errors import ConfigError
+
+OK = Measurement((2.0, 2.01, 2.02, 1.99, 2.0), 4, 10, 1, "graph", {"name": "a board"}, {}, {})
+NOISY = replace(OK, samples_ms=(1.0, 2.0, 3.0, 4.0, 5.0))
+DEVICE = "device={name: one, kind: onnxruntime, threads: 1, effort: quick, attempts: 1}"
+
+
+def test_the_newest_good_measurement_is_kept_for_later_processes(tmp_path: Path) -> None:
+    cache = MeasurementCache(tmp_path / "measurements.db")
+    newer = replace(OK, samples_ms=(3.0, 3.01, 3.02))
+    for measurement in (OK, newer, NOISY, replace(newer, drifted=True)):
+        cache.add(measurement)
+    cache.close()
+    again = MeasurementCache(tmp_path / "measurements.db")
+    assert again.find("graph", OK.device_fingerprint) == newer
+    assert again.find("another graph", OK.device_fingerprint) is None
+    assert again.find("graph", replace(OK, device={"name": "b"}).device_fingerprint) is None
+
+
+def test_two_campaigns_time_a_network_once(tmp_path: Path) -> None:
+    shared = f"measurement_cache={tmp_path / 'shared.db'}"
+    latencies = {}
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        path = str(write_synthetic(tmp_path / name, trials=3, fail_share=0.0))
+        config = load_campaign_config(path, [DEVICE, "controller={name: random}", shared])
+        start(config, tmp_path / name / "run")
+        store = Store(tmp_path / name / "run" / "campaign.db", read_only=True)
+        for trial in store.trials():
+            measurement = store.measurement(trial.measurement_ids[0])
+            latencies.setdefault(trial.architecture, []).append(measurement)
+    good = [found for found in latencies.values() if found[0].verdict == "ok"]
+    assert len(latencies) == 3
+    # A second measurement would have other samples.
+    assert all(first == second for first, second in good)
+    known = sqlite3.connect(tmp_path / "shared.db").execute("SELECT count(*) FROM measurement")
+    assert known.fetchone()[0] >= len(good)
+
+
+def test_a_campaign_outlives_its_cache(tmp_path: Path) -> None:
+    cache = tmp_path / "shared.db"
+    path = str(write_synthetic(tmp_path, trials=2, fail_share=0.0))
+    config = load_campaign_config(path, [DEVICE, f"measurement_cache={cache}"])
+    start(config, tmp_path / "run")
+    cache.unlink()
+    resume(tmp_path / "run", ["stop.trials=4", "measurement_cache=null"])
+    store = Store(tmp_path / "run" / "campaign.db", read_only=True)
+    assert [trial.outcome for trial in store.trials()] == ["completed"] * 4
+
+
+def test_another_file_is_refused_and_left_alone(tmp_path: Path) -> None:
+    text, database = tmp_path / "notes.txt", tmp_path / "other.db"
+    text.write_text("my notes, which are longer than the header of a database\n" * 20)
+    with sqlite3.connect(database) as other:
+        other.execute("CREATE TABLE mine (x)")
+    for path, words in ((text, "not a database"), (database, "something else")):
+        before = path.read_bytes()
+        with pytest.raises(ConfigError, match=words):
+            MeasurementCache(path)
+        assert path.read_bytes() == before
+
+
+def test_a_folder_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    config = write_synthetic(tmp_path, trials=2)
+    done = mnas("search", str(config), f"measurement_cache={tmp_path}/no/m.db", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "measurement_cache: " in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "runs").exists()
