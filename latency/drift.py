@@ -29,8 +29,10 @@ _LOG = logging.getLogger(__name__)
 class DriftGuard(LatencyMeter):
     """A meter under a drift guard; its identity, and what a figure means, are the meter's.
 
-    What the reference takes at the start is kept for the guard's life: a device that changes for
-    good has all its later figures flagged, for they compare with none before.
+    What the reference takes at the start is kept: a device that gets slower for good has all its
+    later figures flagged, for they compare with none before. One that gets faster for good was
+    disturbed at its start: the figures that were held then are flagged, and from there on its
+    faster time is what counts.
 
     Args:
         meter: What measures.
@@ -81,7 +83,7 @@ class DriftGuard(LatencyMeter):
         except MeasurementError as error:
             return [(architecture, error) for architecture in held]
         outcomes = self._measured(held, style)
-        change = self._change(start_ms)
+        before, change = None, self._change(start_ms)
         for number in range(self._config.tries):
             if self._is_accepted(change):
                 break
@@ -90,11 +92,25 @@ class DriftGuard(LatencyMeter):
                 _shown(change), number + 1, self._config.tries, self._config.pause_s,
             )  # fmt: skip
             self._sleep(self._config.pause_s)
-            change = self._change(start_ms)
+            before, change = change, self._change(start_ms)
             if self._is_accepted(change):
                 outcomes = self._measured(held, style)
-                change = self._change(start_ms)
-        return [(network, self._flagged(outcome, change)) for network, outcome in outcomes]
+                before, change = None, self._change(start_ms)
+        flagged = [(network, self._flagged(outcome, change)) for network, outcome in outcomes]
+        self._note_recovery(start_ms, before, change)
+        return flagged
+
+    def _note_recovery(self, start_ms: float, before: float | None, change: float | None) -> None:
+        """Start anew where two checks in a row agree that the device was slow at the start."""
+        bound = self._config.bound
+        if before is None or change is None or max(before, change) >= -bound:
+            return
+        if abs((1 + change) / (1 + before) - 1) <= bound:
+            self._start_ms = start_ms * (1 + change)
+            _LOG.warning(
+                "the device was slow at the start: its reference network takes %.4g ms now, not"
+                " %.4g; from here on figures are held against that", self._start_ms, start_ms,
+            )  # fmt: skip
 
     def _start(self) -> float:
         """The reference's time at the start: the first that the next one confirms.

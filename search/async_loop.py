@@ -12,8 +12,6 @@ on from it, evaluates what had no result, and learns first from what nobody had 
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from controller.base import Controller, state_from_bytes, state_to_bytes
 from search.campaign import Campaign
 from search.executor import Executor, make_executor
@@ -90,9 +88,8 @@ class AsyncSearch(Search):
             (trial,) = self._measured([trial])
         if not self._goes_on(trial):
             return
-        started = replace(trial, attempt=trial.attempt + 1)
-        self.store.start_attempts([started])
-        self._running[trial.id] = started
+        self.store.start_attempts([trial.id])
+        self._running[trial.id] = trial
         self._followers[trial.architecture_hash] = []
         executor.submit(self._job(trial))
 

@@ -193,8 +193,9 @@ class Search:
         followers: list[Trial] = []
         to_train: list[Trial] = []
         leaders: set[str] = set()
+        known = self.store.originals([t.architecture_hash for t in open_trials], self.parts.epochs)
         for trial in open_trials:
-            if trial.architecture_hash in leaders or self._original(trial.architecture_hash):
+            if trial.architecture_hash in leaders or trial.architecture_hash in known:
                 followers.append(trial)
             else:
                 leaders.add(trial.architecture_hash)
@@ -274,8 +275,8 @@ class Search:
         if not trials:
             return
         self.watcher.phase("train", len(trials))
-        by_id = {trial.id: replace(trial, attempt=trial.attempt + 1) for trial in trials}
-        self.store.start_attempts(list(by_id.values()))
+        by_id = {trial.id: trial for trial in trials}
+        self.store.start_attempts(by_id)
         for trial in trials:
             executor.submit(self._job(trial))
         while by_id:
@@ -294,7 +295,7 @@ class Search:
             "train_s": finished.seconds,
             "wait_s": finished.waited_s,
         }
-        attempt = trial.attempt + finished.attempts - 1
+        attempt = trial.attempt + finished.attempts
         evaluation, known = finished.outcome, trial.metrics or {}
         if isinstance(evaluation, Failure):
             result: dict[str, Any] = {"outcome": "failed", "failure": evaluation}
@@ -443,7 +444,7 @@ class Search:
 
     def _original(self, architecture_hash: str) -> Trial | None:
         """The trial whose result identical networks take, if there is one."""
-        return self.store.original(architecture_hash, self.parts.epochs)
+        return self.store.originals([architecture_hash], self.parts.epochs).get(architecture_hash)
 
     def _end(self, controller: Controller, reason: str) -> None:
         """Record why the search ended and which networks the controller would hand over."""

@@ -1,7 +1,7 @@
 """A file of measurements that campaigns share, so that no network is timed twice on one device.
 
-A SQLite database of one table. A campaign copies what it takes from there into its own campaign.db,
-which stays whole without the file. Several campaigns may have it open at once.
+A SQLite database of one table. A campaign copies what it takes from there into its own
+campaign.db, which stays whole without the file. Several campaigns may have it open at once.
 """
 
 from __future__ import annotations

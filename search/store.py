@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -215,12 +215,12 @@ class Store:
         with self._transaction():
             self._insert(trials)
 
-    def start_attempts(self, trials: Sequence[Trial]) -> None:
-        """Count the attempts, so that a trial which kills the engine is not tried for ever."""
+    def start_attempts(self, ids: Iterable[int]) -> None:
+        """Count an attempt of each, so that a trial which kills the engine has an end."""
         with self._transaction():
             self._db.executemany(
-                "UPDATE trial SET attempt = ? WHERE id = ? AND outcome IS NULL",
-                [(trial.attempt, trial.id) for trial in trials],
+                "UPDATE trial SET attempt = attempt + 1 WHERE id = ? AND outcome IS NULL",
+                [(trial_id,) for trial_id in ids],
             )
 
     def finish_trial(self, trial: Trial) -> bool:
@@ -447,22 +447,23 @@ class Store:
                 return
             last_id = rows[-1][0]
 
-    def original(self, architecture_hash: str, epochs: float) -> Trial | None:
-        """Return the first trial of a network at this fidelity with a result of its own.
+    def originals(self, architecture_hashes: Sequence[str], epochs: float) -> dict[str, Trial]:
+        """Return by network the first trial at this fidelity with a result of its own.
 
-        Trials of an earlier campaign count; full trainings do not.
-
-        Results that are the machine's fault don't count: such a network is evaluated again.
+        Trials of an earlier campaign count; full trainings do not. Results that are the machine's
+        fault don't count: such a network is evaluated again. Networks without one are left out.
         """
-        return next(
-            self._trials(
-                "WHERE architecture_hash = ? AND epochs = ? AND role <> 'finalist'"
-                f" AND outcome IS NOT NULL AND reused_from IS NULL AND {_OWN_FAULT}"
-                " ORDER BY id LIMIT 1",
-                (architecture_hash, epochs),
-            ),
-            None,
-        )
+        found: dict[str, Trial] = {}
+        for start in range(0, len(architecture_hashes), _IDS):
+            part = architecture_hashes[start : start + _IDS]
+            for trial in self._trials(
+                f"WHERE architecture_hash IN ({', '.join('?' * len(part))}) AND epochs = ?"
+                " AND role <> 'finalist' AND outcome IS NOT NULL AND reused_from IS NULL"
+                f" AND {_OWN_FAULT} ORDER BY id",
+                [*part, epochs],
+            ):
+                found.setdefault(trial.architecture_hash, trial)
+        return found
 
     def training_s(self) -> float:
         """Return the time of all the search's trainings, in seconds, summed over the workers.
@@ -540,10 +541,11 @@ _encode = json.JSONEncoder(allow_nan=False, default=to_plain).encode
 
 
 def _values(trial: Trial, columns: Sequence[str]) -> list[Any]:
-    return [
-        _encode(value) if name in _JSON_COLUMNS and value is not None else value
-        for name, value in ((name, getattr(trial, name)) for name in columns)
-    ]
+    values = [getattr(trial, name) for name in columns]
+    for index, name in enumerate(columns):
+        if name in _JSON_COLUMNS and values[index] is not None:
+            values[index] = _encode(values[index])
+    return values
 
 
 def _trial(row: Sequence[Any]) -> Trial:

@@ -70,12 +70,12 @@ class _Convolution(NamedTuple):
 def count(architecture: Architecture) -> Cost:
     """Return the whole network's cost: the sum of its stages'."""
     filters, size = architecture.stem_filters, architecture.stem_size
-    parts = [_totals([_stem(architecture)])]
+    parts = [_single_totals(_stem(architecture))]
     for block in architecture.blocks:
         totals, size = _block_totals(block, filters, size)
         parts.append(totals)
         filters = block.filters
-    parts.append(_totals([_head(architecture, filters, size)]))
+    parts.append(_single_totals(_head(architecture, filters, size)))
     parts.append(_classifier(architecture))
     return Cost(*map(sum, zip(*parts, strict=True)))
 
@@ -88,7 +88,7 @@ def stage_table(architecture: Architecture) -> tuple[StageCost, ...]:
         StageCost(
             "stem", f"k3_s{stride}{stride}_o{filters}",
             (architecture.input_channels, pixels, pixels), (filters, size, size),
-            *_totals([_stem(architecture)]),
+            *_single_totals(_stem(architecture)),
         )
     ]  # fmt: skip
     for index, block in enumerate(architecture.blocks):
@@ -104,7 +104,7 @@ def stage_table(architecture: Architecture) -> tuple[StageCost, ...]:
     rows += [
         StageCost(
             "head", f"k1_s11_o{head}", (filters, size, size), (head, size, size),
-            *_totals([_head(architecture, filters, size)]),
+            *_single_totals(_head(architecture, filters, size)),
         ),
         StageCost(
             "classifier", f"c{classes}", (head, 1, 1), (classes,), *_classifier(architecture)
@@ -124,6 +124,12 @@ def _block_totals(block: BlockSpec, filters: int, size: int) -> tuple[_Totals, i
     layers = block_layers(0, block, filters, size)
     totals = _totals(convolution for layer in layers for convolution in _convolutions(layer))
     return totals, layers[-1].output_size
+
+
+@functools.lru_cache(maxsize=1024)
+def _single_totals(convolution: _Convolution) -> _Totals:
+    """What the stem or the head costs: the same for most networks of a space."""
+    return _totals([convolution])
 
 
 def _totals(convolutions: Iterable[_Convolution]) -> _Totals:

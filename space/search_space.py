@@ -244,11 +244,9 @@ class SearchSpace:
             raise ValueError(
                 f"tokens must have {len(self.decisions)} entries, but got {len(tokens)}"
             )
-        for token, decision in zip(tokens, self.decisions, strict=True):
-            if not 0 <= token < len(decision.choices):
-                raise ValueError(
-                    f"{decision.name} must be in [0, {len(decision.choices) - 1}], but got {token}"
-                )
+        for token, number, decision in zip(tokens, self.num_choices, self.decisions, strict=True):
+            if not 0 <= token < number:
+                raise ValueError(f"{decision.name} must be in [0, {number - 1}], but got {token}")
         return tuple(int(token) for token in tokens)
 
     def decode(self, tokens: Sequence[int]) -> Architecture:
