@@ -66,6 +66,7 @@ class Worker:
         self._config = evaluator
         self._threads = threads
         self._evaluator: Evaluator | None = None
+        self._process = psutil.Process()
 
     def warm_up(self) -> int:
         """Load what evaluations need; return the process id."""
@@ -78,7 +79,7 @@ class Worker:
         """Return the outcome and the process's resident memory in MB."""
         assert self._evaluator is not None  # it is warm before there is a job
         outcome = run_job(self._evaluator, job, time_limit_s)
-        return outcome, psutil.Process().memory_info().rss / 2**20
+        return outcome, self._process.memory_info().rss / 2**20
 
 
 def keep_to_cores(first: int, count: int) -> None:
@@ -175,19 +176,22 @@ class RayExecutor(Executor):
         while True:
             self._follow()
             self._check_starts()
-            finished = self._collect()
             self._dispatch()
-            if finished or time.monotonic() >= deadline:
-                return finished
             pending = [slot.running.result for slot in self._slots if slot.running]
             pending += [p.warm for p in self._processes() if not p.ready]
             pause = min(1.0, max(0.0, deadline - time.monotonic()))
+            came: list[Any] = []
             if pending:
-                self._ray.wait(pending, num_returns=1, timeout=pause)
+                came, _ = self._ray.wait(pending, num_returns=1, timeout=pause)
             elif self._queue or not self.capacity:
                 time.sleep(pause)  # until a node comes
             else:
                 return []
+            finished = [end for slot in self._slots for end in self._collect_from(slot, came)]
+            if finished:
+                self._dispatch()
+            if finished or time.monotonic() >= deadline:
+                return finished
 
     def quiesce(self) -> None:
         """Wait until no worker starts or warms up; only called while no job runs."""
@@ -425,13 +429,6 @@ class RayExecutor(Executor):
             self._ray.kill(process.actor)
             slot.process = slot.successor or self._start(slot)
             slot.successor = None
-
-    def _collect(self) -> list[Finished]:
-        results = [slot.running.result for slot in self._slots if slot.running]
-        if not results:
-            return []
-        ready, _ = self._ray.wait(results, num_returns=len(results), timeout=0)
-        return [end for slot in self._slots for end in self._collect_from(slot, ready)]
 
     def _collect_from(self, slot: _Slot, results: list[Any]) -> list[Finished]:
         """The end of a job whose result is among those that have come, or whose time is up."""

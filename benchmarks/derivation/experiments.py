@@ -8,6 +8,8 @@
                latencies of its samples lie (the paper's figure 4) and what it finds
     diversity  guided search where all blocks must have the same operation and kernel (the paper's
                table 6), beside the whole space
+    budgets    what each controller has found after 250, 1,000 and 8,000 trials
+    best       whether the best networks near the target have different layers, and random ones
 
 Accuracy and latency are a surrogate's of Accel-NASBench (backend `fitted`, device a100), with
 noise; the figures in the tables are its means, which no search saw. Campaigns are kept in the
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from laptop import is_diverse
 from numpy.typing import NDArray
 
 from search.accel_nasbench import AccelNasBenchConfig, AccelNasBenchEvaluator
@@ -36,6 +39,7 @@ from space.architecture import Architecture
 from space.errors import MnasError
 from space.mnasnet import find_architecture
 from space.records import dump_yaml, find_config, load_yaml
+from space.search_space import load_space
 
 #: What the reward is -> settings of the objective.
 REWARDS: dict[str, tuple[str, ...]] = {
@@ -55,6 +59,11 @@ VARIANTS: dict[str, dict[str, list[Any]]] = {
     "MBConv6 5x5 only": {"op": ["mbconv6"], "kernel_size": [5]},
 }
 SPACE = "accel_nasbench"
+BUDGETS = (250, 1000, 8000)
+#: Controller -> the most trials it is given: guided's time grows with the square of them.
+CONTROLLERS = {"random": 8000, "evolution": 8000, "ppo": 8000, "guided": 1000}
+#: How many of the best networks, and of random ones, are looked at.
+BEST, RANDOM_NETWORKS = 100, 1000
 
 
 class Truth:
@@ -140,6 +149,76 @@ def diversity(arguments: argparse.Namespace, truth: Truth) -> None:
         print(f"{label:>18}{middle[0]:>10.4f}{middle[1]:>9.2f}{middle[2]:>9.4f}", flush=True)
 
 
+def budgets(arguments: argparse.Namespace, truth: Truth) -> None:
+    """What controllers find for the `absolute` reward; medians of the seeds' noise-free means."""
+    print(f"{'controller':>12}{'trials':>8}{'reward':>9} [{'lowest':>7},{'highest':>8}]", end="")
+    print(f"{'accuracy':>10}{'LAT / T':>9}")
+    for controller, most in CONTROLLERS.items():
+        for trials in (budget for budget in BUDGETS if budget <= most):
+            found = []
+            for seed in range(arguments.seeds):
+                chosen, target_ms = found_after(arguments.runs, controller, trials, seed)
+                accuracy, ratio = truth(find_architecture(chosen.architecture), target_ms)
+                found.append((accuracy - 0.07 * abs(ratio - 1), accuracy, ratio))
+            reward, accuracy, ratio = map(statistics.median, zip(*found, strict=True))
+            print(
+                f"{controller:>12}{trials:>8,}{reward:>9.4f} [{min(found)[0]:>7.4f},"
+                f"{max(found)[0]:>8.4f}]{accuracy:>10.4f}{ratio:>9.2f}",
+                flush=True,
+            )
+
+
+def found_after(runs: Path, controller: str, trials: int, seed: int) -> tuple[Trial, float]:
+    """Return what a campaign would hand over after so many trials, and its target.
+
+    Guided's models choose at the end of a campaign, so each budget is one. The others hand over
+    the highest reward seen: the first trials of a long campaign are a short one.
+    """
+    length = trials if controller == "guided" else CONTROLLERS[controller]
+    done, chosen, target_ms = campaign(
+        runs / f"budgets-{controller}-{length}-{seed}",
+        [
+            f"seed={seed}", f"stop.trials={length}", f"controller.name={controller}",
+            "objective.name=absolute",
+        ],
+    )  # fmt: skip
+    if trials < length:
+        seen = [trial for trial in done[:trials] if trial.reward is not None]
+        chosen = max(seen, key=lambda trial: trial.reward or 0.0)
+    return chosen, target_ms
+
+
+def best(arguments: argparse.Namespace, truth: Truth) -> None:
+    """How many networks differ in kernel size, and in expansion or SE, from block to block."""
+    found: dict[str, float] = {}
+    for controller in ("evolution", "local"):
+        for seed in range(arguments.seeds):
+            done, _, target_ms = campaign(
+                arguments.runs / f"best-{controller}-{seed}",
+                [
+                    f"seed={seed}", "stop.trials=8000", f"controller.name={controller}",
+                    "objective.name=absolute", "evaluator.noise=false",
+                ],
+            )  # fmt: skip
+            found.update({t.architecture: t.reward for t in done if t.reward is not None})
+    order = sorted(found, key=lambda text: -found[text])
+    networks = [find_architecture(text) for text in order[:BEST]]
+    accuracy, ratio = truth(networks[0], target_ms)
+    print(f"  the best of {len(found):,} without noise: {accuracy:.4f} at {ratio:.3f} T")
+    print(f"    {order[0]}")
+    print(f"    {'differs' if is_diverse(networks[0]) else 'does NOT differ'} from block to block")
+    print(f"  of the best {BEST}: {sum(map(is_diverse, networks))}")
+    space, rng = load_space(SPACE), np.random.default_rng(0)
+    everywhere = [space.decode(space.sample(rng)) for _ in range(RANDOM_NETWORKS)]
+    print(f"  of {RANDOM_NETWORKS:,} random networks: {sum(map(is_diverse, everywhere))}")
+    near: list[Architecture] = []
+    while len(near) < RANDOM_NETWORKS:
+        network = space.decode(space.sample(rng))
+        if abs(truth(network, target_ms)[1] - 1) <= 0.02:
+            near.append(network)
+    print(f"  of as many within 2 % of the target: {sum(map(is_diverse, near))}")
+
+
 def draw_samples(samples: dict[str, NDArray[np.float64]], arguments: argparse.Namespace) -> None:
     """Draw how the sampled latencies lie under every reward, as the paper's figure 4 does."""
     import matplotlib
@@ -170,6 +249,8 @@ def _stem(label: str) -> str:
 EXPERIMENTS: dict[str, Callable[[argparse.Namespace, Truth], None]] = {
     "rewards": rewards,
     "diversity": diversity,
+    "budgets": budgets,
+    "best": best,
 }
 
 
