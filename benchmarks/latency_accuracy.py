@@ -3,6 +3,7 @@
     python benchmarks/latency_accuracy.py                        # all, an hour and more
     python benchmarks/latency_accuracy.py --only repeatability agreement cost
     python benchmarks/latency_accuracy.py --only table --spaces mnasnet --networks 200
+    python benchmarks/latency_accuracy.py --only pixel --beside NETWORK
     export MNAS_ACCEL_NASBENCH=FOLDER                            # with anb_dev.csv.gz
     python benchmarks/latency_accuracy.py --only data            # measures nothing
 
@@ -10,7 +11,8 @@ Sections:
 
     repeatability  a network measured by ten processes, then while another core is busy
     agreement      the meter's median beside that of a plain loop around session.run
-    pixel          A1 at five widths and five resolutions beside the published times on a Pixel 1
+    pixel          A1 at five widths and five resolutions beside the published times on a Pixel 1,
+                   and another network at the same ones, measured in turn with it
     cost           seconds that one measurement takes
     table          tables fitted to networks measured here, tested on others that were measured
     data           the same with the times that Accel-NASBench recorded on its devices
@@ -213,19 +215,24 @@ def probe_s() -> float:
 def pixel(arguments: argparse.Namespace, bars: Bars) -> None:
     """A1's variants come in the order that they have on a phone."""
     meter = make_meter(load_device(arguments.device))
-    a1 = find_architecture("mnasnet-a1")
+    networks = [find_architecture("mnasnet-a1")]
+    if arguments.beside is not None:
+        networks.append(find_architecture(arguments.beside))
     here_ms, phone_ms, disturbed = [], [], 0
-    print("  width  " + "".join(f"{size:>14}" for size in PIXEL_1_RESOLUTIONS))
+    cell = 14 if len(networks) == 1 else 22
+    print("  width  " + "".join(f"{size:>{cell}}" for size in PIXEL_1_RESOLUTIONS))
     for width, row_ms in PIXEL_1_MS.items():
         row = []
         for resolution, on_phone_ms in zip(PIXEL_1_RESOLUTIONS, row_ms, strict=True):
-            measurement = meter.measure(adapt(a1, width=width, resolution=resolution))
-            disturbed += measurement.verdict != "ok"
-            here_ms.append(measurement.median_ms)
+            taken = [meter.measure(adapt(n, width=width, resolution=resolution)) for n in networks]
+            disturbed += sum(measurement.verdict != "ok" for measurement in taken)
+            here_ms.append(taken[0].median_ms)
             phone_ms.append(on_phone_ms)
-            row.append(f"{measurement.median_ms:>7.2f} /{on_phone_ms:>5}")
+            shown = " /".join(f"{measurement.median_ms:>6.2f}" for measurement in taken)
+            row.append(f"{f'{shown} /{on_phone_ms:>5}':>{cell}}")
         print(f"  {width:<7}" + "".join(row), flush=True)
-    print(f"  ms here / on a Pixel 1; {disturbed} of {len(here_ms)} measurements not ok")
+    both = "A1 here / " + ("" if arguments.beside is None else "the other network here / ")
+    print(f"  ms of {both}A1 on a Pixel 1; {disturbed} measurements not ok")
     bars.at_least("Spearman's correlation", float(spearmanr(here_ms, phone_ms).statistic), 0.995)
 
 
@@ -348,6 +355,7 @@ def _arguments() -> argparse.Namespace:
     add("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     add("--arch", default="mnasnet-a1")
     add("--resolution", type=int, default=224)
+    add("--beside", metavar="NETWORK", help="of pixel: another network than A1, beside it")
     add("--device", default="host", help="a file or a shipped name; one that times on this host")
     add("--processes", type=int, default=10, help="of repeatability")
     add("--rounds", type=int, default=5, help="of agreement")
