@@ -23,10 +23,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import scipy  # type: ignore[import-untyped]
 from numpy.typing import NDArray
-from scipy.linalg import block_diag, cho_solve, cholesky  # type: ignore[import-untyped]
-from scipy.linalg.lapack import dpotri  # type: ignore[import-untyped]
-from scipy.sparse import csr_matrix  # type: ignore[import-untyped]
 
 from controller.tables import Array, Layout, Tables
 
@@ -60,8 +58,10 @@ class PairwiseProcess:
         self._count = len(sizes)
         ranks = [np.arange(n) - (n - 1) / 2 for n in sizes]
         ranks = [rank / (rank.std() or 1.0) for rank in ranks]
-        self._ordinal = block_diag(*[np.outer(rank, rank) for rank in ranks])
-        self._nominal = block_diag(*[(np.eye(n) - 1 / n) * n / max(n - 1, 1) for n in sizes])
+        self._ordinal = scipy.linalg.block_diag(*[np.outer(rank, rank) for rank in ranks])
+        self._nominal = scipy.linalg.block_diag(
+            *[(np.eye(n) - 1 / n) * n / max(n - 1, 1) for n in sizes]
+        )
         scales = np.full(2 * self._count, math.log(0.5 / self._count))
         self._prior_mean = np.array([*scales, math.log(PAIR_PRIOR[0]), math.log(NOISE_PRIOR[0])])
         self._prior_std = np.array(
@@ -96,10 +96,10 @@ class PairwiseProcess:
         base, pair, noise = self._scales(theta)
         first, second = _orders(base, one_hot, one_hot)
         factor = _root(CONSTANT + first + pair * second, noise)
-        alpha = cho_solve((factor, True), y, check_finite=False)
+        alpha = scipy.linalg.cho_solve((factor, True), y, check_finite=False)
         gap = (theta - self._prior_mean) / self._prior_std
         loss = 0.5 * (y @ alpha + gap @ gap) + np.log(np.diag(factor)).sum()
-        lower = np.tril(dpotri(factor, lower=1)[0])
+        lower = np.tril(scipy.linalg.lapack.dpotri(factor, lower=1)[0])
         inverse = lower + np.tril(lower, -1).T
         slope = 0.5 * (inverse - np.outer(alpha, alpha))  # the derivative by the kernel's matrix
         d_base = one_hot.T @ (slope * (1 + pair * first)) @ one_hot
@@ -120,7 +120,7 @@ class PairwiseProcess:
         self._base, self._pair, self._noise = self._scales(self.theta)
         first, second = _orders(self._base, one_hot, one_hot)
         self._factor = _root(CONSTANT + first + self._pair * second, self._noise)
-        self._alpha = cho_solve((self._factor, True), self._y, check_finite=False)
+        self._alpha = scipy.linalg.cho_solve((self._factor, True), self._y, check_finite=False)
 
     def mean(self) -> Tables:
         """Return the posterior's mean, one function."""
@@ -136,7 +136,7 @@ class PairwiseProcess:
         prior = self._prior(len(scales), rng)
         errors = math.sqrt(self._noise) * rng.standard_normal((len(scales), len(self._y)))
         # Matheron: the prior's sample, less what the data would have told of it.
-        residual = cho_solve((self._factor, True), -(prior(self._one_hot) + errors).T)
+        residual = scipy.linalg.cho_solve((self._factor, True), -(prior(self._one_hot) + errors).T)
         weights = self._alpha[:, None] + scales * residual
         data = self._seen_through_data(weights)
         return self._in_units(
@@ -163,7 +163,7 @@ class PairwiseProcess:
         ordinal = np.sqrt(scale[:n])[of, None] * self._ordinal / np.sqrt(sizes)[:, None]
         norm = np.sqrt(np.maximum(sizes - 1, 1) / sizes)[:, None]
         nominal = np.sqrt(scale[n : 2 * n])[of, None] * self._nominal * norm
-        root = csr_matrix(np.hstack([ordinal, nominal]))
+        root = scipy.sparse.csr_matrix(np.hstack([ordinal, nominal]))
         owner = np.concatenate([of, of])
         upper = owner[:, None] < owner[None, :]
         constant = math.sqrt(CONSTANT) * rng.standard_normal(count)
@@ -176,7 +176,7 @@ class PairwiseProcess:
 
     def _seen_through_data(self, weights: Array) -> Tables:
         """The functions x -> sum_i k(x, x_i) weights_i, for weights (n, functions)."""
-        base, rows = csr_matrix(self._base), csr_matrix(self._one_hot)
+        base, rows = scipy.sparse.csr_matrix(self._base), scipy.sparse.csr_matrix(self._one_hot)
         main = (base @ (rows.T @ weights)).T
         pair = np.empty((weights.shape[1], self._layout.width, self._layout.width))
         for k, column in enumerate(weights.T):
@@ -208,5 +208,5 @@ def _orders(base: Array, a: Array, b: Array) -> tuple[Array, Array]:
 def _root(kernel: Array, noise: float) -> NDArray[np.float64]:
     """The lower Cholesky factor of the kernel's matrix, which it overwrites, with the noise."""
     kernel[np.diag_indices(len(kernel))] += noise
-    factor: Array = cholesky(kernel, lower=True, overwrite_a=True, check_finite=False)
+    factor: Array = scipy.linalg.cholesky(kernel, lower=True, overwrite_a=True, check_finite=False)
     return factor

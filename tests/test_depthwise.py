@@ -272,6 +272,7 @@ def train(network: nn.Cell, steps: int) -> list[float]:
     return losses
 
 
+@pytest.mark.slow
 def test_a_network_trains_alike_with_both_implementations() -> None:
     architecture = parse_architecture(NETWORK)
     style = NetworkStyle("symmetric", 1e-3, 0.9)

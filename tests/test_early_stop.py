@@ -172,6 +172,7 @@ def test_an_evaluator_that_gives_the_latency_too_late_is_refused(tmp_path: Path)
         start(campaign_config(values, where="test", folder=tmp_path), tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_real_training_tells_its_epochs_and_ends_where_it_is_told_to() -> None:
     recipe = build(Recipe, {**parse_yaml(TINY_RECIPE, where="tiny"), "epochs": 2}, where="tiny")
     evaluator = TrainEvaluator(TrainEvaluatorConfig("train", recipe), threads=1)

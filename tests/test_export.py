@@ -234,6 +234,7 @@ def test_the_template_is_the_module_of_a1() -> None:
     assert python_module(a1) == Path(str(standalone.__file__)).read_text()
 
 
+@pytest.mark.slow
 def test_the_module_as_a_script_names_the_classes_of_images(digits: Path, tmp_path: Path) -> None:
     report = export_command(digits, tmp_path / "model.py", format="python", threads=1)
     assert report.max_abs_difference <= 1e-4

@@ -112,6 +112,7 @@ def test_on_an_int8_device_the_int8_accuracy_chooses_and_every_page_says_so(
     assert ", accuracy in int8" in page
 
 
+@pytest.mark.slow
 def test_on_a_float32_device_nothing_is_quantized_or_said_of_int8(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
