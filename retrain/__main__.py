@@ -6,7 +6,6 @@ sentence on standard error and exit status 2; a failed training in status 1.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -18,6 +17,7 @@ import typer
 from rich.console import Console
 
 from retrain.convert_cli import convert
+from retrain.launch import MSRUN, PARENT, die_with_parent
 from retrain.progress import ProgressDisplay
 from retrain.request import TrainRequest, int8_request
 from space.errors import ConfigError, MnasError
@@ -31,8 +31,6 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 EXIT_ERROR, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
-_PARENT = "MNAS_PARENT_PID"
-_PR_SET_PDEATHSIG = 1
 
 app = typer.Typer(
     help="Train a network fully, evaluate it, export it.",
@@ -336,21 +334,20 @@ def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
 
-def die_with_parent() -> None:
+def _heed_parent() -> None:
     """Where MNAS_PARENT_PID names the parent, let the kernel kill this process when it dies.
 
     Raises:
         ConfigError: The variable is not a number.
     """
-    given = os.environ.get(_PARENT)
+    given = os.environ.get(PARENT)
     if given is None:
         return
-    if not given.isdecimal():
-        raise ConfigError(f"{_PARENT}: must be a process id, but got {given!r}.")
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if not given.isdecimal() and given != MSRUN:
+        raise ConfigError(f"{PARENT}: must be a process id, but got {given!r}.")
+    die_with_parent()
     # The parent may have died before the kernel was asked.
-    if os.getppid() != int(given):
+    if given != MSRUN and os.getppid() != int(given):
         sys.exit(EXIT_ERROR)
 
 
@@ -368,7 +365,7 @@ def main() -> None:
 
 def _run() -> int:
     try:
-        die_with_parent()
+        _heed_parent()
         status = app(standalone_mode=False)
         # typer answers Ctrl-C with this status itself.
         if status == EXIT_INTERRUPTED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -18,6 +19,11 @@ _END_LIMIT_S = 20.0
 _LOOK_INTERVAL_S = 0.2
 _COMPLAINT = "retrain: "
 
+#: The variable that names the process without which this one must not live on: by its number, or
+#: as MSRUN, where `launch` has started it. Somebody else's msrun may leave its workers running.
+PARENT, MSRUN = "MNAS_PARENT_PID", "msrun"
+_PR_SET_PDEATHSIG = 1
+
 
 def launched_workers() -> int:
     """Return how many workers msrun or mpirun started together with this process; 1 for none."""
@@ -30,6 +36,12 @@ def launched_workers() -> int:
 def launched_by_msrun() -> bool:
     """Whether msrun, not mpirun, started this process."""
     return "MS_ROLE" in os.environ
+
+
+def die_with_parent() -> None:
+    """Let the kernel kill this process when its parent dies."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def launch(
@@ -59,12 +71,16 @@ def launch(
         "--master_port", str(_free_port()), "--log_dir", str(logs), "--join", "True",
         "python", "-m", "retrain", *arguments,
     ]  # fmt: skip
-    path = f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    environment["PATH"] = f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"
+    # msrun dies with this process, and its workers with msrun, whose number is not known yet.
+    environment[PARENT] = MSRUN
     process = subprocess.Popen(
         command,
-        env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"},
+        env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
+        preexec_fn=die_with_parent,
     )
     try:
         _follow(process, logs, on_line)

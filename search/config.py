@@ -240,18 +240,31 @@ class RetrainConfig:
         top: How many are fully retrained; the best of them by reward on held-out images is named
             the winner, evaluated on the test set once, and exported.
         recipe: Of the full training.
-        threads: CPU threads of the training; None takes all.
+        threads: CPU threads of the training, of each process; None takes all.
+        workers: Processes, and so NPUs, of this machine that train a network together, which msrun
+            starts; None: one process. Every step has as many images times the recipe's batch.
     """
 
     recipe: Recipe
     top: int = 1
     threads: int | None = None
+    workers: int | None = None
 
     def __post_init__(self) -> None:
         if self.top < 1:
             raise ValueError(f"top must be >= 1, but got {self.top}")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads must be >= 1, but got {self.threads}")
+        if self.workers is None:
+            return
+        if self.workers < 2:
+            raise ValueError(f"workers must be >= 2, or left out for one, but got {self.workers}")
+        batch = self.recipe.batch_size * self.recipe.accumulate * self.workers
+        if self.recipe.global_batch not in (None, batch):
+            raise ValueError(
+                f"workers must make batch_size x accumulate x workers the recipe's global_batch,"
+                f" {self.recipe.global_batch}, but got {self.workers}, which make it {batch}"
+            )
 
 
 def _device_kind(values: Any) -> str:

@@ -202,12 +202,17 @@ class HandOver:
         folder.parent.mkdir(exist_ok=True)
         recipe = folder.parent / f"trial_{finalist.finalist_of}.yaml"
         write_atomically(recipe, dump_yaml(self._config.recipe).encode())
-        threads = self._config.threads or os.cpu_count() or 1
         command = [
             "train", "--config", str(recipe), "--arch", finalist.architecture,
-            "--out", str(folder), "--seed", str(finalist.seed), "--threads", str(threads),
-            "--resume",
+            "--out", str(folder), "--seed", str(finalist.seed), "--resume",
         ]  # fmt: skip
+        workers, threads = self._config.workers, self._config.threads
+        if workers is not None:
+            command += ["--workers", str(workers)]
+        else:
+            threads = threads or os.cpu_count() or 1
+        if threads is not None:
+            command += ["--threads", str(threads)]
         self._run(command)
         result: dict[str, Any] = json.loads((folder / "result.json").read_text())
         return result

@@ -316,3 +316,24 @@ def test_comparable_rows_leave_out_only_what_clocks_write(tmp_path: Path) -> Non
     folder = run_synthetic(tmp_path / "a", trials=8)
     trial = Store(folder / "campaign.db", read_only=True).trials()[0]
     assert {"tokens", "seed", "reward", "outcome", "log_prob"} <= set(comparable(trial))
+
+
+@pytest.mark.parametrize(
+    ("workers", "global_batch", "sentence"),
+    [
+        (1, None, "retrain.workers must be >= 2, or left out for one, but got 1"),
+        (4, 64, "recipe's global_batch, 64, but got 4, which make it 256"),
+    ],
+)
+def test_workers_of_a_full_training_must_fit_its_batch(
+    tmp_path: Path, workers: int, global_batch: int | None, sentence: str
+) -> None:
+    path = write_synthetic(tmp_path)
+    recipe = "data: {name: digits}, epochs: 1, schedule: {name: cosine, learning_rate: 0.1}"
+    settings = [
+        f"retrain={{recipe: {{{recipe}, batch_size: 64}}, workers: {workers}}}",
+        f"retrain.recipe.global_batch={'null' if global_batch is None else global_batch}",
+    ]
+    with pytest.raises(ConfigError) as caught:
+        load_campaign_config(str(path), settings)
+    assert sentence in str(caught.value)

@@ -112,6 +112,18 @@ def test_on_an_int8_device_the_int8_accuracy_chooses_and_every_page_says_so(
     assert ", accuracy in int8" in page
 
 
+def test_finalists_are_trained_by_as_many_workers_as_the_campaign_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = Room()
+    monkeypatch.setattr(HandOver, "_run", lambda _, arguments: room.run(arguments))
+    campaign(tmp_path, "float32", "retrain.workers=4")
+    trained = [dict(itertools.pairwise(c)) for c in room.called if c[0] == "train"]
+    assert [given["--workers"] for given in trained] == ["4", "4"]
+    # msrun's processes share the machine's threads.
+    assert all("--threads" not in given for given in trained)
+
+
 @pytest.mark.slow
 def test_on_a_float32_device_nothing_is_quantized_or_said_of_int8(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

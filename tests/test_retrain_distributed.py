@@ -6,9 +6,12 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from retrain_parts import TINY, TINY_TEXT
 
@@ -94,6 +97,37 @@ def test_what_the_first_worker_refuses_is_said_once_and_ends_the_others(
     assert done.returncode == 2
     assert done.stderr.strip().startswith(f"retrain: {out}: holds a finished training already")
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_kill_9_of_the_command_leaves_no_worker(tmp_path: Path, recipe: str) -> None:
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "retrain", "--config", recipe, "--arch", TINY_TEXT, "--out",
+         str(out), "--workers", "2", "batch_size=24", "epochs=100000"],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env={**os.environ, "GLOG_v": "3"},
+    )  # fmt: skip
+    try:
+        wait_until(lambda: len(processes_of(out)) >= 4, 60)  # the command, msrun, two workers
+        wait_until((out / "recipe.yaml").exists, 120)
+    finally:
+        process.kill()
+        process.wait(10)
+    wait_until(lambda: not processes_of(out), 30)
+
+
+def processes_of(out: Path) -> list[int]:
+    """The processes on whose command lines a training's folder stands."""
+    running = psutil.process_iter(["cmdline"])
+    return [p.pid for p in running if str(out) in (p.info["cmdline"] or [])]
+
+
+def wait_until(condition: Callable[[], bool], limit_s: float) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.2)
 
 
 @pytest.mark.parametrize(
