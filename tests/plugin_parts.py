@@ -81,6 +81,26 @@ class FaultyDevice(LatencyMeter):
         )
 
 
+class NoisyAtFirst(FaultyDevice):
+    """Its first so many measurements are noisy and half as slow again, each less so."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        self._noisy = int(options["noisy"])
+        self._done = 0
+
+    def measure(
+        self, architecture: Architecture, style: NetworkStyle = PAPER_STYLE
+    ) -> Measurement:
+        found = super().measure(architecture, style)
+        self._done += 1
+        if self._done > self._noisy:
+            return found
+        median, swing = 1.5 * found.median_ms, 0.9 / self._done
+        samples = ((1 - swing) * median, median, (1 + swing) * median)
+        return replace(found, samples_ms=samples)
+
+
 class DeviceAtNode(FaultyDevice):
     """Tells which process measured; the process dies of every second network."""
 

@@ -17,6 +17,8 @@ from search.config import (
 )
 from search.engine import resume, start
 from search.store import Store
+from space.architecture import parse_architecture
+from space.cost import count
 from space.errors import ConfigError
 from space.records import shipped_names
 
@@ -294,6 +296,30 @@ def test_a_target_by_reference_is_measured_once_and_kept(tmp_path: Path) -> None
     assert resumed.target_ms == outcome.target_ms > 0
     hashes = log.read_text().split()
     assert hashes.count(hashes[0]) == 1
+
+
+@pytest.mark.parametrize(("noisy", "measured", "warns"), [(3, 4, False), (9, 5, True)])
+def test_a_target_does_not_rest_on_a_noisy_measurement_if_a_good_one_can_be_had(
+    tmp_path: Path, noisy: int, measured: int, warns: bool
+) -> None:
+    log = tmp_path / "measured"
+    reference = "stem8_s11 | r1_k3_s22_e3_i8_o16_noskip | head38 | r28 | c10"
+    config = plugin_config(
+        tmp_path,
+        device={
+            "class": "plugin_parts:NoisyAtFirst", "options": {"log": str(log), "noisy": noisy},
+        },
+        objective={"name": "soft", "target": {"reference": reference}},
+        stop={"trials": 1},
+    )  # fmt: skip
+    outcome = start(config, tmp_path / "run")
+    hashes = log.read_text().split()
+    assert hashes.count(hashes[0]) == measured
+    quiet_ms = count(parse_architecture(reference)).macs / 1e6 + 0.01
+    assert outcome.target_ms == pytest.approx((1.5 if warns else 1.0) * quiet_ms)
+    store = Store(tmp_path / "run" / "campaign.db", read_only=True)
+    said = [message for _, kind, message in store.events() if kind == "target"]
+    assert any("none of 5 of the reference network" in text for text in said) is warns
 
 
 @pytest.mark.parametrize("name", shipped_names("search"))

@@ -9,11 +9,15 @@ trials. They run one at a time: they share the core on which latencies are measu
 their measurements, too: a network that one of them has timed is not timed again. Kill the program
 and call it again: a finished campaign is not repeated, a stopped one goes on.
 
+The target is the latency of A1's projection: the median of nine measurements at full precision,
+taken once, before the first campaign.
+
 Then the 15 best networks of each campaign, by its own figures, are judged anew, as a campaign's
-finalists are: measured at full precision, in turn with A1's projection, and "trained" with three
-new seeds (the surrogate's noise is drawn anew), since the highest of many noisy accuracies is a
-lucky one. The network with the best reward by these figures is the campaign's. Its accuracy in the
-table is the surrogate's mean, which neither the search nor this choice saw. The medians of ppo's
+finalists are: measured at full precision, in turn with A1's projection, those near it three times;
+and "trained" with three new seeds (the surrogate's noise is drawn anew), since the highest of many
+noisy accuracies is a lucky one. The most accurate of those within 2 % of the projection's latency
+is the campaign's network, or the one with the best reward where none is. Its accuracy in the table
+is the surrogate's mean, which neither the search nor this choice saw. The medians of ppo's
 and guided's campaigns are held against the bars that are printed; the exit status is 1 where one
 was missed.
 """
@@ -49,6 +53,8 @@ CONFIG = "mnasnet_a1_laptop"
 FINALISTS = 15
 #: Seeds of a finalist's new trainings; the search's own seeds are far larger numbers.
 NEW_SEEDS = (1, 2, 3)
+#: How often the projection is measured for the target, and a finalist beside it that is so near.
+TARGET_ROUNDS, NEAR, NEAR_ROUNDS = 9, 0.06, 3
 #: Bars: how far the median campaign's network may be from the target, and its least gain.
 LANDING, GAIN_POINTS = 0.02, 0.6
 DEFAULT_RUNS = ("guided:250:5", "random:250:3", "evolution:250:3", "ppo:2000:5")
@@ -69,17 +75,28 @@ class Run:
         return runs / f"{self.controller}-{self.trials}-{self.seed}"
 
 
-def search(run: Run, runs: Path) -> None:
+def measured_target(runs: Path, reference: Architecture) -> float:
+    """Return the projection's latency in milliseconds, from the folder or measured now."""
+    file = runs / "target.json"
+    if not file.exists():
+        runs.mkdir(parents=True, exist_ok=True)
+        meter = make_meter(load_device("host"))
+        taken_ms = [meter.measure(reference).median_ms for _ in range(TARGET_ROUNDS)]
+        write_atomically(file, json.dumps({"taken_ms": taken_ms}).encode())
+    return statistics.median(json.loads(file.read_text(encoding="utf-8"))["taken_ms"])
+
+
+def search(run: Run, runs: Path, target_ms: float) -> None:
     """Run a campaign to its end, or go on with it."""
     folder = run.folder(runs)
     command = [sys.executable, "-m", "search"]
     if (folder / "campaign.db").exists():
         command += ["resume", str(folder)]
     else:
-        runs.mkdir(parents=True, exist_ok=True)
         command += [
             "search", CONFIG, f"controller.name={run.controller}", f"seed={run.seed}",
             f"stop.trials={run.trials}", f"measurement_cache={runs / 'measurements.db'}",
+            "objective.target=null", f"objective.target_ms={target_ms}",
             "--out", str(folder),
         ]  # fmt: skip
     subprocess.run(command, check=True)
@@ -101,10 +118,13 @@ def finish(run: Run, runs: Path, reference: Architecture) -> dict[str, Any]:
     rows, references_ms = [], []
     for trial in trials:
         network = find_architecture(trial.architecture)
-        references_ms.append(meter.measure(reference).median_ms)
-        taken = meter.measure(network)
-        # In turn with the reference: what slows the host slows both.
-        ratio = taken.median_ms / references_ms[-1]
+        ratios: list[float] = []
+        while not ratios or (abs(ratios[0] - 1) <= NEAR and len(ratios) < NEAR_ROUNDS):
+            references_ms.append(meter.measure(reference).median_ms)
+            taken = meter.measure(network)
+            # In turn with the reference: what slows the host slows both.
+            ratios.append(taken.median_ms / references_ms[-1])
+        ratio = statistics.median(ratios)
         accuracy = statistics.fmean(
             noisy.evaluate(network, seed=seed, time_limit_s=60).accuracy for seed in NEW_SEEDS
         )
@@ -119,6 +139,7 @@ def finish(run: Run, runs: Path, reference: Architecture) -> dict[str, Any]:
                 "searched_ms": trial.metrics["latency_ms"],
                 "latency_ms": taken.median_ms,
                 "ratio": ratio,
+                "ratios": ratios,
                 "verdict": taken.verdict,
                 "reward": reward,
             }
@@ -127,10 +148,18 @@ def finish(run: Run, runs: Path, reference: Architecture) -> dict[str, Any]:
         "controller": run.controller, "trials": run.trials, "seed": run.seed,
         "target_ms": target_ms, "reference_ms": references_ms,
         "reference_accuracy": mean.evaluate(reference, seed=0, time_limit_s=60).accuracy,
-        "finalists": rows, "found": max(rows, key=lambda row: row["reward"]),
+        "finalists": rows, "found": chosen(rows),
     }  # fmt: skip
     write_atomically(file, json.dumps(result, indent=1).encode())
     return result
+
+
+def chosen(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the finalist to hand over; the target comes first, as who gives one wants it met."""
+    landed = [row for row in rows if abs(row["ratio"] - 1) <= LANDING]
+    if landed:
+        return max(landed, key=lambda row: row["observed_accuracy"])
+    return max(rows, key=lambda row: row["reward"])
 
 
 def is_diverse(network: Architecture) -> bool:
@@ -257,9 +286,12 @@ def main() -> None:
     reference = find_architecture(target["reference"])
     results = []
     try:
+        target_ms = 0.0
+        if not arguments.only_finished:
+            target_ms = measured_target(arguments.runs, reference)
         for run in itertools.chain.from_iterable(arguments.controllers):
             if not arguments.only_finished:
-                search(run, arguments.runs)
+                search(run, arguments.runs, target_ms)
             elif not (run.folder(arguments.runs) / "derivation.json").exists():
                 continue
             results.append(finish(run, arguments.runs, reference))
