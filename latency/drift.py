@@ -30,8 +30,8 @@ class DriftGuard(LatencyMeter):
     """A meter under a drift guard; its identity, and what a figure means, are the meter's.
 
     What the reference takes at the start is kept: a device that gets slower for good has all its
-    later figures flagged, for they compare with none before. One that gets faster for good was
-    disturbed at its start: the figures that were held then are flagged, and from there on its
+    later figures flagged, for they compare with none before. One that is faster at two ends of
+    held networks in a row was disturbed at its start: both are flagged, and from there on its
     faster time is what counts.
 
     Args:
@@ -52,6 +52,8 @@ class DriftGuard(LatencyMeter):
         self._sleep = sleep
         self._reference = find_architecture(config.reference)
         self._start_ms: float | None = None
+        #: The reference's time after the last networks, if it was faster than at the start.
+        self._faster_ms: float | None = None
 
     @property
     def batch(self) -> int:
@@ -83,7 +85,7 @@ class DriftGuard(LatencyMeter):
         except MeasurementError as error:
             return [(architecture, error) for architecture in held]
         outcomes = self._measured(held, style)
-        before, change = None, self._change(start_ms)
+        change = self._change(start_ms)
         for number in range(self._config.tries):
             if self._is_accepted(change):
                 break
@@ -92,21 +94,22 @@ class DriftGuard(LatencyMeter):
                 _shown(change), number + 1, self._config.tries, self._config.pause_s,
             )  # fmt: skip
             self._sleep(self._config.pause_s)
-            before, change = change, self._change(start_ms)
+            change = self._change(start_ms)
             if self._is_accepted(change):
                 outcomes = self._measured(held, style)
-                before, change = None, self._change(start_ms)
+                change = self._change(start_ms)
         flagged = [(network, self._flagged(outcome, change)) for network, outcome in outcomes]
-        self._note_recovery(start_ms, before, change)
+        self._note_recovery(start_ms, change)
         return flagged
 
-    def _note_recovery(self, start_ms: float, before: float | None, change: float | None) -> None:
-        """Start anew where two checks in a row agree that the device was slow at the start."""
-        bound = self._config.bound
-        if before is None or change is None or max(before, change) >= -bound:
+    def _note_recovery(self, start_ms: float, change: float | None) -> None:
+        """Start anew where the device is faster than at its start for the second time in a row."""
+        bound, last_ms, self._faster_ms = self._config.bound, self._faster_ms, None
+        if change is None or change >= -bound:
             return
-        if abs((1 + change) / (1 + before) - 1) <= bound:
-            self._start_ms = start_ms * (1 + change)
+        self._faster_ms = start_ms * (1 + change)
+        if last_ms is not None and abs(self._faster_ms / last_ms - 1) <= bound:
+            self._start_ms = self._faster_ms
             _LOG.warning(
                 "the device was slow at the start: its reference network takes %.4g ms now, not"
                 " %.4g; from here on figures are held against that", self._start_ms, start_ms,

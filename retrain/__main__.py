@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from retrain.convert_cli import convert
-from retrain.launch import MSRUN, PARENT, die_with_parent
+from retrain.launch import MSRUN, PARENT, die_with_launcher, die_with_parent
 from retrain.progress import ProgressDisplay
 from retrain.request import TrainRequest, int8_request
 from space.errors import ConfigError, MnasError
@@ -343,11 +343,11 @@ def _heed_parent() -> None:
     given = os.environ.get(PARENT)
     if given is None:
         return
-    if not given.isdecimal() and given != MSRUN:
+    number = given.removeprefix(MSRUN)
+    if not number.isdecimal():
         raise ConfigError(f"{PARENT}: must be a process id, but got {given!r}.")
-    die_with_parent()
-    # The parent may have died before the kernel was asked.
-    if given != MSRUN and os.getppid() != int(given):
+    heed = die_with_parent if number == given else die_with_launcher
+    if not heed(int(number)):
         sys.exit(EXIT_ERROR)
 
 

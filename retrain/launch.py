@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import signal
 import socket
@@ -12,6 +13,8 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import psutil
+
 from space.errors import ConfigError, MnasError
 
 #: A worker that ends with an error leaves msrun so long to end the others.
@@ -19,9 +22,10 @@ _END_LIMIT_S = 20.0
 _LOOK_INTERVAL_S = 0.2
 _COMPLAINT = "retrain: "
 
-#: The variable that names the process without which this one must not live on: by its number, or
-#: as MSRUN, where `launch` has started it. Somebody else's msrun may leave its workers running.
-PARENT, MSRUN = "MNAS_PARENT_PID", "msrun"
+#: The variable that names the process without which this one must not live on, by its number: the
+#: parent or, after "msrun:", the parent's parent, where `launch` has started this one. Somebody
+#: else's msrun may leave its workers running.
+PARENT, MSRUN = "MNAS_PARENT_PID", "msrun:"
 _PR_SET_PDEATHSIG = 1
 
 
@@ -38,10 +42,21 @@ def launched_by_msrun() -> bool:
     return "MS_ROLE" in os.environ
 
 
-def die_with_parent() -> None:
-    """Let the kernel kill this process when its parent dies."""
+def die_with_parent(parent: int) -> bool:
+    """Let the kernel kill this process when its parent dies; return whether that is `parent`."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # It may have died before the kernel was asked.
+    return os.getppid() == parent
+
+
+def die_with_launcher(launcher: int) -> bool:
+    """The same for a worker of msrun, which `launcher` has started; it dies with msrun."""
+    msrun = os.getppid()
+    try:
+        return die_with_parent(msrun) and psutil.Process(msrun).ppid() == launcher
+    except psutil.NoSuchProcess:
+        return False
 
 
 def launch(
@@ -74,13 +89,13 @@ def launch(
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     environment["PATH"] = f"{scripts}{os.pathsep}{os.environ.get('PATH', '')}"
     # msrun dies with this process, and its workers with msrun, whose number is not known yet.
-    environment[PARENT] = MSRUN
+    environment[PARENT] = f"{MSRUN}{os.getpid()}"
     process = subprocess.Popen(
         command,
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-        preexec_fn=die_with_parent,
+        preexec_fn=functools.partial(die_with_parent, os.getpid()),
     )
     try:
         _follow(process, logs, on_line)

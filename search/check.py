@@ -298,6 +298,7 @@ def parts_here(config: CampaignConfig, findings: Sequence[Finding]) -> Parts:
             executor=executor,
             device=devices[0] if devices else None,
             other_devices=tuple(devices[1:]),
+            measurement_cache=None,  # a check leaves nothing behind
         )
     )
 

@@ -415,6 +415,7 @@ RESUMABLE = (
     "evaluator.recipe.data.path",
     "retrain.recipe.data.path",
     "retrain.threads",
+    "retrain.workers",
 )
 
 

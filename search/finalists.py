@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from search.campaign import Campaign
-from search.loop import FULL_TRAINING, trial_seed
+from search.loop import FULL_TRAINING, is_infrastructure, trial_seed
 from search.measuring import INT8_ACCURACY, in_int8
 from search.objective import Objective
 from search.pareto import best_networks
@@ -133,9 +133,13 @@ class HandOver:
 
     def _retrain(self, trial: Trial) -> Trial:
         """The finalist of a trial: as recorded, or trained now."""
-        known = {t.finalist_of: t for t in self._store.trials(role="finalist")}.get(trial.id)
+        # Ids count down: of several the last one made comes first.
+        rows = reversed(self._store.trials(role="finalist"))
+        known = {t.finalist_of: t for t in rows}.get(trial.id)
         if known is not None and known.outcome is not None:
-            return known
+            if not is_infrastructure(known):
+                return known
+            known = None  # the machine's fault: it is trained again
         finalist = known or self._new_finalist(trial)
         started = time.monotonic()
         try:

@@ -7,6 +7,7 @@ campaign.db, which stays whole without the file. Several campaigns may have it o
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 import time
 from pathlib import Path
@@ -14,6 +15,8 @@ from pathlib import Path
 from latency.measurement import Measurement
 from space.errors import ConfigError
 from space.records import build, to_plain
+
+logger = logging.getLogger(__name__)
 
 #: Marks the file as ours (SQLite's application_id): "mnas" in ASCII.
 _APPLICATION_ID = 0x6D6E6173
@@ -55,6 +58,8 @@ class MeasurementCache:
             ) from None
 
     def _prepare(self) -> None:
+        # For writing at once: a file that cannot be written is found now, not after a measurement.
+        self._db.execute("BEGIN IMMEDIATE")
         mark = self._db.execute("PRAGMA application_id").fetchone()[0]
         if mark != _APPLICATION_ID:
             if self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
@@ -65,6 +70,7 @@ class MeasurementCache:
                 )
             self._db.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
         self._db.execute(_TABLE)
+        self._db.execute("COMMIT")
 
     def close(self) -> None:
         """Close the file."""
@@ -81,15 +87,22 @@ class MeasurementCache:
         return build(Measurement, json.loads(row[0]), where=f"{self.path}: measurement")
 
     def add(self, measurement: Measurement) -> None:
-        """Keep a measurement in the place of an older one; not if it is noisy or drifted."""
+        """Keep a measurement in the place of an older one; not if it is noisy or drifted.
+
+        A file that cannot be written now (locked for long, a full disk) is no reason to stop: the
+        campaign has the measurement in its own database.
+        """
         if measurement.verdict != "ok":
             return
-        self._db.execute(
-            "INSERT OR REPLACE INTO measurement VALUES (?, ?, ?, ?)",
-            (
-                measurement.graph_hash,
-                measurement.device_fingerprint,
-                json.dumps(to_plain(measurement), allow_nan=False),
-                time.time(),
-            ),
-        )
+        try:
+            self._db.execute(
+                "INSERT OR REPLACE INTO measurement VALUES (?, ?, ?, ?)",
+                (
+                    measurement.graph_hash,
+                    measurement.device_fingerprint,
+                    json.dumps(to_plain(measurement), allow_nan=False),
+                    time.time(),
+                ),
+            )
+        except sqlite3.OperationalError as error:
+            logger.warning("measurement_cache: %s is not written: %s", self.path, error)

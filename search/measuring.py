@@ -143,9 +143,10 @@ class Latencies:
             if isinstance(outcome, MeasurementError):
                 yield network, outcome
             else:
+                kept = (self._store.add_measurement(outcome), outcome)
                 if self._cache is not None:
                     self._cache.add(outcome)
-                yield network, (self._store.add_measurement(outcome), outcome)
+                yield network, kept
 
     def _known(self, graph: str, device: str) -> tuple[int, Measurement] | None:
         """A graph's earlier measurement: the campaign's own, or a copy of the cache's."""
@@ -209,6 +210,8 @@ class Latencies:
         while len(taken) < REFERENCE_TRIES:
             ((_, outcome),) = self._on_one(meter, [reference], anew=bool(taken))
             if isinstance(outcome, MeasurementError):
+                if taken:
+                    break
                 raise ConfigError(
                     f"objective.target: the reference network cannot be measured on {name}:"
                     f" {outcome}"
@@ -216,7 +219,7 @@ class Latencies:
             taken.append(outcome)
             if outcome[1].verdict == "ok":
                 return outcome
-        best = min(taken, key=lambda found: found[1].spread)
+        best = min(taken, key=lambda found: (found[1].drifted, found[1].spread))
         sentence = (
             f"the target rests on a {best[1].verdict} measurement: none of {len(taken)} of the"
             f" reference network on {name} was ok; the best has {best[1].median_ms:.4g} ms with a"

@@ -183,6 +183,9 @@ class RayExecutor(Executor):
             came: list[Any] = []
             if pending:
                 came, _ = self._ray.wait(pending, num_returns=1, timeout=pause)
+            if came and len(pending) > 1:
+                # All that have come: a late slot's must not wait behind early ones.
+                came, _ = self._ray.wait(pending, num_returns=len(pending), timeout=0)
             elif self._queue or not self.capacity:
                 time.sleep(pause)  # until a node comes
             else:
@@ -437,8 +440,11 @@ class RayExecutor(Executor):
             return []
         overtime = time.monotonic() - running.started - self._config.time_limit_s
         ready = running.result in results
-        if not ready and overtime < KILL_GRACE_S:
-            return []
+        if not ready:
+            if overtime < KILL_GRACE_S:
+                return []
+            # The driver may have been busy elsewhere for long.
+            ready = bool(self._ray.wait([running.result], timeout=0)[0])
         assert slot.process is not None  # a job runs on it
         slot.running = None
         if not ready:

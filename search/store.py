@@ -222,7 +222,7 @@ class Store:
             self._insert(trials)
 
     def start_attempts(self, ids: Iterable[int]) -> None:
-        """Count an attempt of each, so that a trial which kills the engine has an end."""
+        """Count an attempt of each before it begins: what kills the engine is seen to have."""
         with self._transaction():
             self._db.executemany(
                 "UPDATE trial SET attempt = attempt + 1 WHERE id = ? AND outcome IS NULL",

@@ -14,10 +14,11 @@ import pytest
 from campaigns import mnas, write_synthetic
 
 from search.config import load_campaign_config
-from search.engine import CampaignOutcome, start
+from search.engine import CampaignOutcome, resume, start
 from search.finalists import HandOver
 from search.store import Store
 from search.trial import Trial
+from space.errors import TrialFailed
 
 #: Trial -> accuracy of its full training in float32 and in int8.
 ACCURACIES = {0: (0.95, 0.30), 1: (0.90, 0.89)}
@@ -122,6 +123,28 @@ def test_finalists_are_trained_by_as_many_workers_as_the_campaign_says(
     assert [given["--workers"] for given in trained] == ["4", "4"]
     # msrun's processes share the machine's threads.
     assert all("--threads" not in given for given in trained)
+
+
+def test_a_training_that_failed_by_the_machine_s_fault_is_tried_again_by_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = Room()
+
+    def broken(_: HandOver, arguments: Sequence[str]) -> list[str]:
+        raise TrialFailed("no NPU is here", cause="infrastructure")
+
+    monkeypatch.setattr(HandOver, "_run", broken)
+    outcome, folder, finalists = campaign(tmp_path, "float32", "retrain.workers=8")
+    assert outcome.winner is None
+    assert [trial.outcome for trial in finalists] == ["failed", "failed"]
+    monkeypatch.setattr(HandOver, "_run", lambda _, arguments: room.run(arguments))
+    assert the_winner(resume(folder, ["retrain.workers=2"]))["trial"] == 0
+    trained = [dict(itertools.pairwise(c)) for c in room.called if c[0] == "train"]
+    assert [given["--workers"] for given in trained] == ["2", "2"]
+    # What was trained is not trained again.
+    called = len(room.called)
+    assert the_winner(resume(folder))["trial"] == 0
+    assert not [c for c in room.called[called:] if c[0] == "train"]
 
 
 @pytest.mark.slow

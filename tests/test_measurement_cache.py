@@ -18,6 +18,7 @@ from space.errors import ConfigError
 
 OK = Measurement((2.0, 2.01, 2.02, 1.99, 2.0), 4, 10, 1, "graph", {"name": "a board"}, {}, {})
 NOISY = replace(OK, samples_ms=(1.0, 2.0, 3.0, 4.0, 5.0))
+WAIT = {"timeout": 0.1}
 DEVICE = "device={name: one, kind: onnxruntime, threads: 1, effort: quick, attempts: 1}"
 
 
@@ -74,6 +75,22 @@ def test_another_file_is_refused_and_left_alone(tmp_path: Path) -> None:
         with pytest.raises(ConfigError, match=words):
             MeasurementCache(path)
         assert path.read_bytes() == before
+
+
+def test_a_cache_that_cannot_be_written_for_now_costs_nothing_but_the_entry(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda path, **more: connect(path, **more | WAIT))
+    cache = MeasurementCache(tmp_path / "measurements.db")
+    with connect(tmp_path / "measurements.db") as other:
+        other.execute("BEGIN IMMEDIATE")
+        cache.add(OK)
+        assert "is not written: database is locked" in caplog.text
+        other.rollback()
+    assert cache.find("graph", OK.device_fingerprint) is None
+    cache.add(OK)
+    assert cache.find("graph", OK.device_fingerprint) == OK
 
 
 def test_a_folder_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
