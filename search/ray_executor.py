@@ -183,9 +183,9 @@ class RayExecutor(Executor):
             came: list[Any] = []
             if pending:
                 came, _ = self._ray.wait(pending, num_returns=1, timeout=pause)
-            if came and len(pending) > 1:
-                # All that have come: a late slot's must not wait behind early ones.
-                came, _ = self._ray.wait(pending, num_returns=len(pending), timeout=0)
+                if came and len(pending) > 1:
+                    # All that have come: a late slot's must not wait behind early ones.
+                    came, _ = self._ray.wait(pending, num_returns=len(pending), timeout=0)
             elif self._queue or not self.capacity:
                 time.sleep(pause)  # until a node comes
             else:
