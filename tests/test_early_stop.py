@@ -61,7 +61,7 @@ def test_the_bar_is_the_accuracy_that_gives_the_quantile_of_earlier_rewards(
     rule.note(earlier[:4])
     assert rule.bars({"latency_ms": latency_ms}) == {1: 0.0}  # too few to compare with
     rule.note(earlier[4:])
-    rewards = sorted(objective.reward(t.metrics["accuracy@epoch1"], t.metrics)[0] for t in earlier)  # type: ignore[index,arg-type]
+    rewards = sorted(objective.reward(t.metrics["accuracy@epoch1"], t.metrics)[0] for t in earlier)
     bar = rule.bars({"latency_ms": latency_ms})[1]
     # The reward's formula is linear in the accuracy, so it may be inverted outside [0, 1], too.
     low, _ = objective.reward(0.0, {"latency_ms": latency_ms})
