@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from search.evaluation import Evaluation, Evaluator, TrialStopped, make_evaluator
 from search.trial import Failure
 from space.architecture import Architecture
-from space.errors import TrialFailed
+from space.errors import ConfigError, TrialFailed
 from space.records import record
 
 if TYPE_CHECKING:
@@ -114,15 +114,25 @@ def run_job(evaluator: Evaluator, job: Job, time_limit_s: float) -> Evaluation |
     except TrialStopped as stop:
         return Stopped(str(stop), evaluator.curve_metrics())
     except TrialFailed as error:
-        return Failure(error.reason, error.cause, error.detail)
+        # What another exception led to, a broken NPU may have led to as well.
+        sure = error.__cause__ is None or error.cause == "infrastructure"
+        return Failure(error.reason, error.cause, error.detail, confirmed=sure)
     except MemoryError:
-        return Failure("out of memory", "architecture", traceback.format_exc())
+        return Failure("out of memory", "architecture", traceback.format_exc(), confirmed=False)
+    except (ConfigError, OSError) as error:
+        # Data that are not there, a full disk: the network has nothing to do with it.
+        return Failure(_described(error), "infrastructure", traceback.format_exc()[-4000:])
     except Exception as error:
         # A child may die of anything that MindSpore raises: the campaign goes on, with the reason
         # recorded and the traceback kept.
-        first_line = (str(error).strip().splitlines() or [""])[0][:300]
-        reason = f"{type(error).__name__}: {first_line}"
-        return Failure(reason, "architecture", traceback.format_exc()[-4000:])
+        detail = traceback.format_exc()[-4000:]
+        return Failure(_described(error), "architecture", detail, confirmed=False)
+
+
+def _described(error: Exception) -> str:
+    """An exception in one line."""
+    first_line = (str(error).strip().splitlines() or [""])[0][:300]
+    return f"{type(error).__name__}: {first_line}"
 
 
 class SerialExecutor(Executor):

@@ -4,25 +4,28 @@ A *slot* is a placement group with the CPUs of one worker. The worker is an acto
 MindSpore process; it is replaced after `trials_per_process` trials or above `max_memory_mb`, and
 its successor is started and warmed up in the same slot one trial ahead.
 
-A worker that dies takes only its own job with it: the job is tried again on another worker,
-`retries` times, and then fails. When a node dies, Ray looks for another place for its slots; those
-that find none wait for a node to come. Where the number of workers is left to the cluster, a new
-node's CPUs become new slots.
+A worker that dies takes only its own job with it: the job is tried again, on another node where
+there is one, `retries` times, and then fails. So is a job that failed by the machine's fault; one
+whose failure may be the machine's or the network's is tried once more. A network that killed every
+worker it was given to is quarantined.
+
+When a node dies, Ray looks for another place for its slots; those that find none wait for a node
+to come. Where the number of workers is left to the cluster, a new node's CPUs become new slots. A
+slot whose processes die before they are ready is tried again at growing intervals.
 """
 
 from __future__ import annotations
 
 import collections
 import logging
-import os
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
-from search.evaluation import Evaluation, Evaluator, make_evaluator
-from search.executor import Executor, Finished, Job, Stopped, ended, run_job
+from search.evaluation import Evaluation
+from search.executor import Executor, Finished, Job, Stopped, ended
 from search.ray_cluster import connect, gist
+from search.ray_worker import Worker
 from search.trial import Failure
 from space.errors import ConfigError
 
@@ -35,58 +38,18 @@ logger = logging.getLogger(__name__)
 KILL_GRACE_S = 15.0
 #: A worker that is not ready after so long is replaced.
 START_LIMIT_S = 180.0
-#: The pause before a job whose worker died is tried again: 1 s, doubled each time, up to this.
+#: The pause before a job is tried again, or a worker that died at its start is replaced: 1 s,
+#: doubled each time, up to this.
 MAX_PAUSE_S = 60.0
-#: So many workers in a row that die before they are ready end the campaign.
+#: So many workers that die before any one was ever ready end the campaign.
 MAX_FAILED_STARTS = 3
 #: Ray has so long to find a place for the workers at the start.
 PLACE_LIMIT_S = 60.0
 #: How often the cluster is asked which nodes it has.
 FOLLOW_S = 5.0
-#: A cluster that has had no place for any worker for so long ends the search.
-NO_NODE_LIMIT_S = 600.0
-
-
-class Worker:
-    """The body of a Ray actor: one process that evaluates one job at a time.
-
-    Args:
-        evaluator: Made when it warms up.
-        threads: CPU threads.
-        place: The how manieth worker of its node it is, from 0, to keep to cores of its own; None
-            leaves the cores to the system.
-    """
-
-    def __init__(self, evaluator: EvaluatorChoice, threads: int, place: int | None) -> None:
-        if place is not None:
-            keep_to_cores(place * threads, threads)
-        # Before any numerical library is loaded; a worker must not use its neighbours' cores.
-        for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMBA_NUM_THREADS"):
-            os.environ[name] = str(threads)
-        self._config = evaluator
-        self._threads = threads
-        self._evaluator: Evaluator | None = None
-        self._process = psutil.Process()
-
-    def warm_up(self) -> int:
-        """Load what evaluations need; return the process id."""
-        # Not in the constructor, whose exceptions Ray hides behind one of its own.
-        self._evaluator = make_evaluator(self._config, threads=self._threads)
-        self._evaluator.warm_up()
-        return os.getpid()
-
-    def run(self, job: Job, time_limit_s: float) -> tuple[Evaluation | Stopped | Failure, float]:
-        """Return the outcome and the process's resident memory in MB."""
-        assert self._evaluator is not None  # it is warm before there is a job
-        outcome = run_job(self._evaluator, job, time_limit_s)
-        return outcome, self._process.memory_info().rss / 2**20
-
-
-def keep_to_cores(first: int, count: int) -> None:
-    """Let this process run on so many of its cores only; with fewer of them nothing changes."""
-    cores = sorted(os.sched_getaffinity(0))[first : first + count]
-    if len(cores) == count:
-        os.sched_setaffinity(0, cores)
+#: A cluster that has had no place for any worker, or none that became ready, for so long ends the
+#: search.
+NO_WORKER_LIMIT_S = 600.0
 
 
 class _Process:
@@ -100,26 +63,35 @@ class _Process:
         self.ready = False
         self.trials = 0
         self.memory_mb = 0.0
+        self.growth_mb = 0.0  # by its last trial
+
+    def grown_to(self, memory_mb: float) -> None:
+        """Note its memory after a trial."""
+        self.growth_mb = memory_mb - self.memory_mb
+        self.memory_mb = memory_mb
 
 
 class _Slot:
     """The CPUs of one worker: its process, the successor, the job that runs."""
 
-    def __init__(self, group: Any, *, placed: bool) -> None:
+    def __init__(self, group: Any) -> None:
         self.group = group
-        self.placed = placed  # on a node of the cluster
-        self.place: tuple[str | None, int] | None = None  # its node, and which cores it has there
+        self.node: str | None = None  # the id of the cluster's node that has a place for it
+        self.place: tuple[str, int] | None = None  # its node, and which cores it has there
         self.process: _Process | None = None
         self.successor: _Process | None = None
         self.running: _Running | None = None
+        self.failed_starts = 0  # in a row
+        self.not_before = 0.0  # is the next process started
 
 
 class _Running:
     """A job on a worker."""
 
-    def __init__(self, waiting: _Waiting, result: Any) -> None:
+    def __init__(self, waiting: _Waiting, result: Any, nodes_lost: int) -> None:
         self.waiting = waiting
         self.result = result
+        self.nodes_lost = nodes_lost  # by the cluster, when it started
         self.started = time.monotonic()
 
 
@@ -131,8 +103,9 @@ class _Waiting:
         self.submitted = time.monotonic()
         self.attempts = 0
         self.nodes_lost = 0  # while it ran there
+        self.workers_killed = 0  # by it, for all that is known
         self.not_before = self.submitted
-        self.tried: set[int] = set()  # slots, by id(), whose worker died of it or beside it
+        self.tried: set[str] = set()  # nodes where it failed by what may be their fault
 
 
 class RayExecutor(Executor):
@@ -150,12 +123,13 @@ class RayExecutor(Executor):
         self._config = config
         self._evaluator = evaluator
         self._queue: collections.deque[_Waiting] = collections.deque()
-        self._failed_starts = 0
+        self._start_failure = ""  # of the worker that died last before it was ready
+        self._failed_starts: int | None = 0  # None once any worker was ready
         self._ray = connect(config)
         self._actor_class = self._ray.remote(Worker)
         self._nodes: set[str] = set()
         self._nodes_lost = 0
-        self._followed = self._last_placed = time.monotonic()
+        self._followed = self._last_able = time.monotonic()
         self._slots = self._reserve()
         self._evaluator_ref = self._ray.put(evaluator)
         self._look()
@@ -163,7 +137,7 @@ class RayExecutor(Executor):
     @property
     def capacity(self) -> int:
         """The number of workers that have a node."""
-        return sum(slot.placed for slot in self._slots)
+        return sum(slot.node is not None for slot in self._slots)
 
     def submit(self, job: Job) -> None:
         """Queue a job; it starts as soon as a worker is ready."""
@@ -231,7 +205,7 @@ class RayExecutor(Executor):
         # may not be gone yet: where the number is Ray's choice, one worker is enough to begin.
         enough = wanted if self._config.workers else 1
         deadline = time.monotonic() + PLACE_LIMIT_S
-        while sum(self._is_placed(group) for group in groups) < enough:
+        while sum(self._node_of(group) is not None for group in groups) < enough:
             if time.monotonic() > deadline:
                 self._ray.shutdown()
                 raise ConfigError(
@@ -239,11 +213,13 @@ class RayExecutor(Executor):
                     f" {PLACE_LIMIT_S:.0f} s; another job may hold them."
                 )
             time.sleep(0.1)
-        return [_Slot(group, placed=False) for group in groups]
+        return [_Slot(group) for group in groups]
 
-    def _is_placed(self, group: Any) -> bool:
-        state: str = self._ray.util.placement_group_table(group)["state"]
-        return state == "CREATED"
+    def _node_of(self, group: Any) -> str | None:
+        """The id of the node where a placement group is, if it has one."""
+        found = self._ray.util.placement_group_table(group)
+        nodes: dict[int, str] = found["bundles_to_node_id"]
+        return nodes[0] if found["state"] == "CREATED" else None
 
     def _group(self) -> Any:
         bundle = {"CPU": self._config.threads}
@@ -271,12 +247,14 @@ class RayExecutor(Executor):
         if now - self._followed >= FOLLOW_S:
             self._followed = now
             self._look()
-        if self.capacity:
-            self._last_placed = now
-        elif now - self._last_placed > NO_NODE_LIMIT_S:
+        if any(process.ready for process in self._processes()):
+            self._last_able = now
+        elif now - self._last_able > NO_WORKER_LIMIT_S:
+            why = f"; the last one died at its start: {self._start_failure}"
             raise ConfigError(
-                f"executor: Ray's cluster has had no room for a worker of {self._asked()} for"
-                f" {NO_NODE_LIMIT_S:.0f} s; resume the campaign when its nodes are back."
+                f"executor: Ray's cluster has had no worker of {self._asked()} for"
+                f" {NO_WORKER_LIMIT_S:.0f} s{why if self._start_failure else ''}; resume the"
+                " campaign when its nodes are back."
             )
 
     def _look(self) -> None:
@@ -288,18 +266,20 @@ class RayExecutor(Executor):
         if self._config.workers is None:
             room = sum(self._room(node) for node in alive)
             for _ in range(room - len(self._slots)):
-                self._slots.append(_Slot(self._group(), placed=False))
+                self._slots.append(_Slot(self._group()))
         for slot in self._slots:
-            self._place(slot, self._is_placed(slot.group))
+            self._place(slot, self._node_of(slot.group))
 
-    def _place(self, slot: _Slot, placed: bool) -> None:
-        """Note whether a slot has a node; a job whose node is gone ends by Ray's error."""
-        if slot.placed and not placed:
+    def _place(self, slot: _Slot, node: str | None) -> None:
+        """Note a slot's node, if it has one; a job whose node is gone ends by Ray's error."""
+        if slot.node is not None and node is None:
             logger.warning("a node of the cluster is gone; a worker waits for another one")
-        slot.placed = placed
+        if node != slot.node:
+            slot.failed_starts, slot.not_before = 0, 0.0
+        slot.node = node
         if slot.running is not None:
             return
-        if not placed:
+        if node is None:
             for process in (slot.process, slot.successor):
                 if process is not None:
                     self._ray.kill(process.actor)
@@ -307,7 +287,10 @@ class RayExecutor(Executor):
         elif slot.process is None:
             slot.process = self._start(slot)
 
-    def _start(self, slot: _Slot) -> _Process:
+    def _start(self, slot: _Slot) -> _Process | None:
+        """A new process in a slot, unless it has no node or has to wait."""
+        if slot.node is None or time.monotonic() < slot.not_before:
+            return None
         strategy = self._ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy(
             placement_group=slot.group, placement_group_bundle_index=0
         )
@@ -318,14 +301,15 @@ class RayExecutor(Executor):
             resources={"NPU": 0.5} if self._config.npus else None,
             max_restarts=0,
             scheduling_strategy=strategy,
-        ).remote(self._evaluator_ref, self._config.threads, self._place_on_node(slot))
+        ).remote(
+            self._evaluator_ref,
+            self._config.threads,
+            self._place_on(slot.node, slot) if self._config.pin else None,
+        )
         return _Process(actor, actor.warm_up.remote(), self._nodes_lost)
 
-    def _place_on_node(self, slot: _Slot) -> int | None:
-        """The how manieth of its node's workers a slot is, where they keep to their cores."""
-        if not self._config.pin:
-            return None
-        node = _node_of(self._ray, slot)
+    def _place_on(self, node: str, slot: _Slot) -> int:
+        """The how manieth of its node's workers a slot is."""
         if slot.place is None or slot.place[0] != node:
             taken = {other.place for other in self._slots if other is not slot}
             free = next(i for i in range(len(self._slots)) if (node, i) not in taken)
@@ -339,47 +323,53 @@ class RayExecutor(Executor):
     def _check_starts(self) -> None:
         """Note which processes became ready; replace those that died or hang at the start."""
         for slot in self._slots:
-            if slot.process is None and slot.placed:
-                slot.process = self._start(slot)
-            slot.process = self._checked(slot, slot.process)
+            slot.process = self._checked(slot, slot.process or self._start(slot))
             slot.successor = self._checked(slot, slot.successor)
 
     def _checked(self, slot: _Slot, process: _Process | None) -> _Process | None:
-        """The process itself, or a new one in its place."""
+        """The process itself, a new one in its place, or none for a while."""
         if process is None or process.ready or not self._start_ended(process):
             return process
-        reason = self._start_failure(process)
+        reason = self._why_not_ready(process)
         if reason is None:
             process.ready = True
-            self._failed_starts = 0
+            slot.failed_starts, self._failed_starts = 0, None
             return process
         self._ray.kill(process.actor)
-        if self._lost_its_node(process):
-            return None if not slot.placed else self._start(slot)
-        self._failed_starts += 1
-        if self._failed_starts >= MAX_FAILED_STARTS:
-            raise ConfigError(
-                f"executor: {self._failed_starts} workers in a row died at their start: {reason}"
-            )
-        logger.warning("a worker died at its start and is replaced: %s", reason)
-        return self._start(slot)
+        if self._node_lost_since(process.nodes_lost):
+            return self._start(slot)
+        self._start_failure = reason
+        if self._failed_starts is not None:
+            self._failed_starts += 1
+            if self._failed_starts >= MAX_FAILED_STARTS:
+                raise ConfigError(
+                    f"executor: {self._failed_starts} workers in a row died at their start:"
+                    f" {reason}"
+                )
+        pause = _pause_s(slot.failed_starts)
+        slot.failed_starts += 1
+        slot.not_before = time.monotonic() + pause
+        logger.warning("a worker died at its start; another one starts in %g s: %s", pause, reason)
+        return None
 
-    def _lost_its_node(self, process: _Process) -> bool:
-        """Whether a node went away since a process was started: its death is then no wonder."""
+    def _node_lost_since(self, nodes_lost: int) -> bool:
+        """Whether a node went away since so many had: a process's death is then no wonder."""
         self._look()
-        return self._nodes_lost > process.nodes_lost
+        return self._nodes_lost > nodes_lost
 
     def _start_ended(self, process: _Process) -> bool:
         ready, _ = self._ray.wait([process.warm], timeout=0)
         return bool(ready) or time.monotonic() - process.warm_since > START_LIMIT_S
 
-    def _start_failure(self, process: _Process) -> str | None:
+    def _why_not_ready(self, process: _Process) -> str | None:
+        """Why the start of a process failed; None if it is ready."""
         try:
-            self._ray.get(process.warm, timeout=0.1)
+            process.memory_mb = self._ray.get(process.warm, timeout=0.1)
         except self._ray.exceptions.RayTaskError as error:
-            # The evaluator itself refused: a wrong configuration is wrong on every worker.
             cause = error.cause
-            if isinstance(cause, ConfigError):
+            # The evaluator itself refused: where none was ever ready, the configuration is wrong;
+            # where some were, this node lacks something.
+            if isinstance(cause, ConfigError) and self._failed_starts is not None:
                 raise cause from None
             return str(cause)
         except self._ray.exceptions.RayError as error:
@@ -400,24 +390,35 @@ class RayExecutor(Executor):
             waiting.attempts += 1
             process.trials += 1
             result = process.actor.run.remote(waiting.job, self._config.time_limit_s)
-            slot.running = _Running(waiting, result)
-            if process.trials == self._config.trials_per_process and slot.successor is None:
+            slot.running = _Running(waiting, result, self._nodes_lost)
+            if self._nears_its_end(process) and slot.successor is None:
                 slot.successor = self._start(slot)
+
+    def _nears_its_end(self, process: _Process) -> bool:
+        """Whether the trial that a process was given is likely its last."""
+        return (
+            process.trials >= self._config.trials_per_process
+            or process.memory_mb + process.growth_mb > self._config.max_memory_mb
+        )
 
     def _next_for(self, slot: _Slot) -> _Waiting | None:
         """Take the first job from the queue that this slot may have now.
 
-        A job whose worker died waits a while, and is then left to an idle slot that it was not
-        tried in, where there is one: what killed its worker may be the node's fault.
+        A job that failed by what may be a node's fault waits a while, and is then left to a worker
+        of another node, where there is one.
         """
         now = time.monotonic()
-        idle = {id(s) for s in self._slots if s.process and s.process.ready and not s.running}
         for waiting in self._queue:
-            elsewhere = id(slot) in waiting.tried and bool(idle - waiting.tried)
-            if now >= waiting.not_before and not elsewhere:
+            if now < waiting.not_before:
+                continue
+            if slot.node not in waiting.tried or not self._able_nodes() - waiting.tried:
                 self._queue.remove(waiting)
                 return waiting
         return None
+
+    def _able_nodes(self) -> set[str | None]:
+        """The nodes whose workers start, so that a job may wait for one of them."""
+        return {slot.node for slot in self._slots if slot.node and not slot.failed_starts}
 
     def _recycle(self, slot: _Slot) -> None:
         """Replace an idle process that has done its share."""
@@ -429,9 +430,7 @@ class RayExecutor(Executor):
             or process.memory_mb > self._config.max_memory_mb
         )
         if worn:
-            self._ray.kill(process.actor)
-            slot.process = slot.successor or self._start(slot)
-            slot.successor = None
+            self._replace(slot)
 
     def _collect_from(self, slot: _Slot, results: list[Any]) -> list[Finished]:
         """The end of a job whose result is among those that have come, or whose time is up."""
@@ -453,42 +452,69 @@ class RayExecutor(Executor):
                 f"time limit of {self._config.time_limit_s:g} s reached; the worker was killed"
             )
             return [self._end(running, Failure(reason, "architecture"))]
+        node = slot.node
         try:
-            outcome, slot.process.memory_mb = self._ray.get(running.result)
+            outcome, memory_mb = self._ray.get(running.result)
         except self._ray.exceptions.RayError as error:
-            node_lost = self._lost_its_node(slot.process)
-            self._replace(slot)
-            if not node_lost:
-                running.waiting.tried.add(id(slot))
-            return self._retry(running, error, node_lost=node_lost)
-        return [self._end(running, outcome)]
+            return self._worker_died(slot, running, node, error)
+        slot.process.grown_to(memory_mb)
+        if not isinstance(outcome, Failure):
+            return [self._end(running, outcome)]
+        return self._failed(slot, running, node, outcome)
 
-    def _retry(self, running: _Running, error: Exception, *, node_lost: bool) -> list[Finished]:
-        """A worker died: the job goes back to the head of the queue, or fails for good.
+    def _worker_died(
+        self, slot: _Slot, running: _Running, node: str | None, error: Exception
+    ) -> list[Finished]:
+        """A job may have killed its worker; that a node went away is not its fault."""
+        waiting = running.waiting
+        if self._node_lost_since(running.nodes_lost):
+            waiting.nodes_lost += 1
+            node = None
+        else:
+            waiting.workers_killed += 1
+        self._replace(slot)
+        if waiting.attempts - waiting.nodes_lost <= self._config.retries:
+            return self._again(waiting, node, f"its worker died ({gist(error)})")
+        failure = Failure(
+            f"its worker died {waiting.attempts} times: {gist(error)}",
+            "infrastructure",
+            str(error)[-4000:],
+            quarantined=waiting.workers_killed > max(1, self._config.retries),
+        )
+        return [self._end(running, failure)]
 
-        A job may kill its worker; that a node went away is not its fault.
-        """
-        reason = gist(error)
-        running.waiting.nodes_lost += node_lost
-        own = running.waiting.attempts - running.waiting.nodes_lost
-        if own <= self._config.retries:
-            pause = min(MAX_PAUSE_S, 0.5 * 2**own) if own else 0.0
-            running.waiting.not_before = time.monotonic() + pause
-            logger.warning(
-                "trial %d: its worker died (%s); it is tried again in %g s",
-                running.waiting.job.trial_id,
-                reason,
-                pause,
-            )
-            self._queue.appendleft(running.waiting)
-            return []
-        sentence = f"its worker died {running.waiting.attempts} times: {reason}"
-        return [self._end(running, Failure(sentence, "infrastructure", str(error)[-4000:]))]
+    def _failed(
+        self, slot: _Slot, running: _Running, node: str | None, failure: Failure
+    ) -> list[Finished]:
+        """A failure that is not surely the network's is looked at again, by a fresh process."""
+        waiting = running.waiting
+        sure = failure.cause == "architecture" and failure.confirmed
+        # Once more is enough for what may be the network's own fault.
+        tries = self._config.retries
+        tries = tries if failure.cause == "infrastructure" else min(1, tries)
+        if sure or waiting.attempts - waiting.nodes_lost > tries:
+            confirmed = failure.confirmed or waiting.attempts - waiting.nodes_lost > 1
+            return [self._end(running, replace(failure, confirmed=confirmed))]
+        self._replace(slot)
+        return self._again(waiting, node, f"it failed ({failure.reason})")
+
+    def _again(self, waiting: _Waiting, node: str | None, reason: str) -> list[Finished]:
+        """Put a job back at the head of the queue."""
+        own = waiting.attempts - waiting.nodes_lost
+        pause = _pause_s(own - 1) if own else 0.0
+        waiting.not_before = time.monotonic() + pause
+        if node is not None:
+            waiting.tried.add(node)
+        logger.warning(
+            "trial %d: %s; it is tried again in %g s", waiting.job.trial_id, reason, pause
+        )
+        self._queue.appendleft(waiting)
+        return []
 
     def _replace(self, slot: _Slot) -> None:
         if slot.process is not None:  # it went with its node otherwise
             self._ray.kill(slot.process.actor)
-        slot.process = slot.successor or (self._start(slot) if slot.placed else None)
+        slot.process = slot.successor or self._start(slot)
         slot.successor = None
 
     def _end(self, running: _Running, outcome: Evaluation | Stopped | Failure) -> Finished:
@@ -496,7 +522,6 @@ class RayExecutor(Executor):
         return ended(waiting.job, outcome, waiting.attempts, running.started, waiting.submitted)
 
 
-def _node_of(ray: Any, slot: _Slot) -> str | None:
-    """The id of the node where a slot is, if it has one."""
-    nodes: dict[int, str] = ray.util.placement_group_table(slot.group)["bundles_to_node_id"]
-    return nodes.get(0)
+def _pause_s(failures: int) -> float:
+    """The pause after a failure that so many came before."""
+    return float(min(MAX_PAUSE_S, 2.0**failures))

@@ -464,7 +464,8 @@ class Store:
         """Return by network the first trial at this fidelity with a result of its own.
 
         Trials of an earlier campaign count; full trainings do not. Results that are the machine's
-        fault don't count: such a network is evaluated again. Networks without one are left out.
+        fault don't count, but for those of quarantined networks: such a network is evaluated
+        again. Networks without one are left out.
         """
         found: dict[str, Trial] = {}
         for start in range(0, len(architecture_hashes), _IDS):
@@ -472,7 +473,7 @@ class Store:
             for trial in self._trials(
                 f"WHERE architecture_hash IN ({', '.join('?' * len(part))}) AND epochs = ?"
                 " AND role <> 'finalist' AND outcome IS NOT NULL AND reused_from IS NULL"
-                f" AND {_OWN_FAULT} ORDER BY id",
+                f" AND ({_OWN_FAULT} OR json_extract(failure, '$.quarantined')) ORDER BY id",
                 [*part, epochs],
             ):
                 found.setdefault(trial.architecture_hash, trial)

@@ -21,11 +21,16 @@ class Failure:
         cause: Whose fault: the network's, or the machine's (then it is withheld from the
             controller).
         detail: A traceback or the last lines of a log.
+        confirmed: Whether the cause is beyond doubt; an error that a sound machine may not have is
+            confirmed by a second one.
+        quarantined: The network killed every worker it was given to: no other one gets it.
     """
 
     reason: str
     cause: FailureCause
     detail: str = ""
+    confirmed: bool = True
+    quarantined: bool = False
 
 
 @record

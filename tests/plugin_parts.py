@@ -124,6 +124,15 @@ class NotAController:
     """Not a subclass of Controller."""
 
 
+class OneNetwork(RandomSearch):
+    """Proposes the same network again and again."""
+
+    def __init__(
+        self, options: Mapping[str, Any], num_choices: tuple[int, ...], rng: np.random.Generator
+    ) -> None:
+        super().__init__(RandomConfig("random"), (1,) * len(num_choices), rng)
+
+
 class ForgetfulController(RandomSearch):
     """Breaks the contract: its state says nothing of its generator."""
 
@@ -154,6 +163,28 @@ class TwoEpochs(FaultyEvaluator):
     @property
     def epochs(self) -> float:
         return 2.0
+
+
+class BadAtOneNode(FaultyEvaluator):
+    """Fails on the node whose environment says so: at the start of a process or in evaluations."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        self._fault = os.environ.get("PLUGIN_BAD_NODE", "")
+
+    def warm_up(self) -> None:
+        if self._fault == "no data at the start":
+            raise ConfigError("data.path: nothing is here")
+
+    def evaluate(
+        self, architecture: Architecture, *, seed: int, time_limit_s: float
+    ) -> Evaluation:
+        time.sleep(0.2)
+        if self._fault == "a disk that fails":
+            raise OSError(5, "Input/output error")
+        if self._fault == "an NPU that fails":
+            raise TrialFailed("MindSpore failed: no device") from RuntimeError("no device")
+        return Evaluation(0.5, {"latency_ms": 1.0}, 1.0)
 
 
 class NpuEvaluator(FaultyEvaluator):

@@ -216,6 +216,33 @@ def test_results_that_came_in_time_are_kept_however_long_the_driver_was_busy(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "fault", ["no data at the start", "a disk that fails", "an NPU that fails"]
+)
+def test_a_bad_node_costs_no_trial(
+    cluster: Any, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    cluster.add_node(num_cpus=1)
+    evaluator = PluginConfig("plugin", "plugin_parts:BadAtOneNode", {})
+    made = RayExecutor(RayConfig("ray", address=cluster.address), evaluator)
+    try:
+        made.quiesce()
+        with monkeypatch.context() as at_node:
+            at_node.setenv("PLUGIN_BAD_NODE", fault)
+            cluster.add_node(num_cpus=1)
+        until(lambda: not made.wait(0.1) and made.capacity == 2)
+        # So long that the bad node has taken part; it fails faster than the good one succeeds.
+        for trial_id in range(60):
+            made.submit(Job(trial_id, find_architecture("mnasnet-small"), 1))
+        found: list[Finished] = []
+        until(lambda: len(found.extend(made.wait(1.0)) or found) == 60)
+        assert all(isinstance(end.outcome, Evaluation) for end in found)
+        assert max(end.attempts for end in found) == (1 if "start" in fault else 2)
+    finally:
+        made.close()
+
+
+@pytest.mark.slow
 def test_each_worker_sees_one_npu_of_its_own(cluster: Any) -> None:
     # Stand-ins for NPUs: Ray hands out what the node says it has.
     cluster.add_node(num_cpus=4, resources={"NPU": 2})

@@ -171,11 +171,29 @@ def test_children_that_hang_or_crash_their_worker_are_failed_trials(tmp_path: Pa
             assert trial.failure is not None
             assert "worker died 2 times" in trial.failure.reason
             assert trial.failure.cause == "infrastructure"
+            assert trial.failure.quarantined
             assert trial.attempt == 2
         elif fault == 3:
             assert trial.outcome == "completed"
             assert trial.attempt == 2
     assert {int(t.architecture_hash, 16) % 8 for t in trials} >= {0, 1, 3}
+
+
+def test_a_network_that_kills_every_worker_is_not_given_to_another_one(tmp_path: Path) -> None:
+    config = tmp_path / "poison.yaml"
+    config.write_text(
+        "name: poison\nspace: {name: small_image}\n"
+        "controller: {class: plugin_parts:OneNetwork, options: {}}\n"
+        "evaluator:\n  class: plugin_parts:FaultyEvaluator\n"
+        "  options: {faults: [crash, crash, crash, crash, crash, crash, crash, crash]}\n"
+        "objective: {name: soft, target_ms: 1.0}\nbatch_size: 2\nstop: {trials: 4}\n"
+        "executor: {name: ray, workers: 1, retries: 1}\n"
+    )
+    done = mnas("search", str(config), "--out", str(tmp_path / "run"), timeout_s=200)
+    assert done.returncode == 0, done.stderr
+    first, *others = Store(tmp_path / "run" / "campaign.db", read_only=True).trials()
+    assert (first.attempt, first.outcome) == (2, "failed")
+    assert [(t.attempt, t.outcome, t.reused_from) for t in others] == [(0, "failed", 0)] * 3
 
 
 def test_a_process_that_cannot_start_ray_says_so(tmp_path: Path) -> None:
