@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from retrain.checkpoint import TrainState, Weights
 from retrain.config import Recipe
-from retrain.data import DataSet, load_data, train_batches
+from retrain.data import DataSet, class_names, load_data, train_batches
 from retrain.distributed import Workers
 from retrain.drop_path import DropPathFeatures
 from retrain.dropout import drop_path_mask, drop_path_rates, dropout_mask
@@ -74,21 +74,29 @@ class TrainResult:
 
 
 def prepare_process(threads: int) -> None:
-    """Set MindSpore up for this process: GRAPH_MODE on its default device, so many CPU threads.
+    """Set MindSpore up for this process: GRAPH_MODE, the device it is made for, CPU threads.
 
-    May be called again; MindSpore makes its threads at the first computation and keeps them.
+    Of several NPUs it takes the one that is visible, or that msrun gives this process. May be
+    called again; MindSpore makes its threads at the first computation and keeps them.
     space/depthwise.py reads the same setting for its own.
     """
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, str(threads))
+    target = ms.get_context("device_target")
+    ms.set_device(target)
     ms.set_context(mode=ms.GRAPH_MODE)
-    if ms.context.get_context("device_target") == "CPU":
+    if target == "CPU":
         ms.set_context(runtime_num_threads=threads)
 
 
 def warm_up(recipe: Recipe, *, threads: int) -> None:
-    """Load what every training with a recipe needs, ahead of the first one."""
+    """Load what every training with a recipe needs, ahead of the first one.
+
+    Raises:
+        ConfigError: The data are not on this machine.
+    """
     prepare_process(threads)
+    class_names(recipe.data)
     if recipe.data.name == "digits":
         load_data(recipe.data, 8, 1, recipe.augment)
 

@@ -142,6 +142,8 @@ class RayConfig:
         npus: Ascend NPUs of a worker, 0 or 1. Ray gives each worker one of its own and shows it
             no other (ASCEND_RT_VISIBLE_DEVICES).
         address: A cluster to join, `auto` for one on this machine; None starts a local one.
+        runtime_env: Ray's runtime environment for the workers, as Ray's documentation describes
+            it: `py_modules` and `working_dir` bring code along, `env_vars` set variables.
         devices: Names of the campaign's devices that hang at other nodes of the cluster, which
             offer them as resources `device:NAME`: they are measured there (search/node_meter.py).
         trials_per_process: A worker's process is replaced after so many trials, since MindSpore
@@ -157,6 +159,7 @@ class RayConfig:
     pin: bool = False
     npus: int = 0
     address: str | None = None
+    runtime_env: dict[str, Any] = Field(default_factory=dict)
     devices: tuple[str, ...] = ()
     trials_per_process: int = 16
     max_memory_mb: int = 3000
@@ -410,6 +413,7 @@ RESUMABLE = (
     "executor.retries",
     "executor.trials_per_process",
     "executor.max_memory_mb",
+    "executor.runtime_env",
     "evaluator.data",
     "evaluator.checkpoints",
     "evaluator.recipe.data.path",

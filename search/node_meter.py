@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 #: The node has so long to start a process that measures.
 START_LIMIT_S = 120.0
+#: Its device has limits of its own; a process that says nothing for so long is taken for lost.
+SILENCE_LIMIT_S = 1800.0
 
 
 class _AtNode:
@@ -110,6 +112,8 @@ class _Bench:
         Raises:
             ConfigError: It is the device's configuration that does not work there.
         """
+        if self._actor is not None:
+            self.ray.kill(self._actor)
         self._actor = None
         cause = getattr(error, "cause", None)
         if isinstance(cause, ConfigError):
@@ -151,7 +155,8 @@ class NodeMeter(LatencyMeter):
     def identity(self) -> dict[str, Any]:
         """Return what the device's own meter returns."""
         try:
-            found = self._bench.ray.get(self._bench.started().identity.remote(full=self._full))
+            asked = self._bench.started().identity.remote(full=self._full)
+            found = self._bench.ray.get(asked, timeout=SILENCE_LIMIT_S)
         except self._bench.ray.exceptions.RayError as error:
             raise self._bench.lost(error) from None
         if isinstance(found, MeasurementError):
@@ -196,6 +201,15 @@ class NodeMeter(LatencyMeter):
         self, architectures: list[Architecture], style: NetworkStyle
     ) -> Iterator[Outcome]:
         actor = self._bench.started()
-        for outcome in actor.measure_all.remote(architectures, style, full=self._full):
+        outcomes = actor.measure_all.remote(architectures, style, full=self._full)
+        while True:
+            ready, _ = self._bench.ray.wait([outcomes], timeout=SILENCE_LIMIT_S)
+            if not ready:
+                raise self._bench.ray.exceptions.GetTimeoutError(
+                    f"nothing came for {SILENCE_LIMIT_S:.0f} s"
+                )
+            outcome = next(outcomes, None)
+            if outcome is None:
+                return
             found: Outcome = self._bench.ray.get(outcome)
             yield found

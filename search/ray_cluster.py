@@ -36,8 +36,10 @@ def connect(config: RayConfig) -> Any:
     _check_reachable(config.address)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
+        environment = config.runtime_env or None
         if config.address is None:
             ray.init(
+                runtime_env=environment,
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
@@ -47,12 +49,15 @@ def connect(config: RayConfig) -> Any:
         else:
             ray.init(
                 address=config.address,
+                runtime_env=environment,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
                 configure_logging=False,
             )
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (ConnectionError, ValueError, TypeError, RuntimeError) as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
+        if config.runtime_env and ray.is_initialized():
+            ray.shutdown()
         raise ConfigError(
             f"executor.address: cannot join Ray at {config.address!r}: {first_line}"
         ) from error

@@ -243,6 +243,34 @@ def test_a_bad_node_costs_no_trial(
 
 
 @pytest.mark.slow
+def test_code_of_a_user_reaches_the_nodes(tmp_path: Path, cluster: Any) -> None:
+    cluster.add_node(num_cpus=1)
+    package = tmp_path / "brought_along"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import os\n"
+        "from plugin_parts import FaultyEvaluator\n"
+        "from search.evaluation import Evaluation\n"
+        "class Brought(FaultyEvaluator):\n"
+        "    def evaluate(self, architecture, *, seed, time_limit_s):\n"
+        "        copied = 'runtime_resources' in __file__\n"
+        "        mark = float(os.environ['MARK'])\n"
+        "        return Evaluation(0.5, {'copied': copied, 'mark': mark}, 1.0)\n"
+    )
+    environment = {"py_modules": [str(package)], "env_vars": {"MARK": "3"}}
+    config = RayConfig("ray", address=cluster.address, runtime_env=environment)
+    made = RayExecutor(config, PluginConfig("plugin", "brought_along:Brought", {}))
+    try:
+        made.submit(Job(0, find_architecture("mnasnet-small"), 1))
+        found: list[Finished] = []
+        until(lambda: bool(found.extend(made.wait(1.0)) or found))
+        assert isinstance(found[0].outcome, Evaluation)
+        assert found[0].outcome.metrics == {"copied": True, "mark": 3.0}
+    finally:
+        made.close()
+
+
+@pytest.mark.slow
 def test_each_worker_sees_one_npu_of_its_own(cluster: Any) -> None:
     # Stand-ins for NPUs: Ray hands out what the node says it has.
     cluster.add_node(num_cpus=4, resources={"NPU": 2})
