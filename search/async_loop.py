@@ -3,6 +3,9 @@
     a worker is free -> propose one -> (a) -> measure -> train -> (b)
     batch_size results have come -> update -> (c)
 
+Devices measure in a thread of their own; while they do, some networks more than there are workers
+are proposed, so that a worker that comes free finds one that is measured.
+
 The controller learns from results in the order in which they come, whatever it proposed in
 between; each controller documents what it makes of results that are older than its last update.
 With real trainings the order depends on the clock, so a campaign is not repeated by its seed. What
@@ -12,12 +15,21 @@ on from it, evaluates what had no result, and learns first from what nobody had 
 
 from __future__ import annotations
 
+import logging
+
 from controller.base import Controller, state_from_bytes, state_to_bytes
+from controller.ppo import PPOConfig
 from search.campaign import Campaign
 from search.executor import Executor, make_executor
 from search.loop import Search, Watcher, is_infrastructure, learn
+from search.measuring_thread import MeasuringThread
 from search.parts import Parts
 from search.trial import Trial
+
+logger = logging.getLogger(__name__)
+
+#: How long the search waits for a training while a device measures, before it looks there.
+LOOK_S = 0.05
 
 
 class AsyncSearch(Search):
@@ -31,6 +43,9 @@ class AsyncSearch(Search):
 
     def __init__(self, campaign: Campaign, parts: Parts, watcher: Watcher) -> None:
         super().__init__(campaign, parts, watcher)
+        self._measuring: MeasuringThread | None = None
+        #: Architecture hash -> the trial that waits for its latencies.
+        self._at_device: dict[str, Trial] = {}
         self._running: dict[int, Trial] = {}
         #: Architecture hash -> trials that wait for an identical network in work.
         self._followers: dict[str, list[Trial]] = {}
@@ -47,29 +62,55 @@ class AsyncSearch(Search):
         controller = self._restore()
         executor = make_executor(self.config.executor, self.config.evaluator)
         self.watcher.phase("evaluate", 0)
+        if self.parts.meters:
+            self._measuring = MeasuringThread(self.store.path, self.parts.latencies)
+        self._tell_staleness(executor)
         try:
             for trial in self.store.open_trials():
                 self._start(trial, executor)
             while True:
                 self._fill(controller, executor)
-                reason = None if self._running else self._tally.reason()
+                reason = None if self._in_work() else self._tally.reason()
                 if reason is not None:
                     # What is left to learn from waits, so that an extended search leaves no seam.
                     self._end(controller, reason)
                     return reason
-                for finished in executor.wait(timeout_s=1.0):
+                self._take_measured(executor)
+                for finished in executor.wait(timeout_s=LOOK_S if self._at_device else 1.0):
                     trial = self._running.pop(finished.job.trial_id)
                     self._finish(self._trained(trial, finished))
-                    for follower in self._followers.pop(trial.architecture_hash):
-                        self._start(follower, executor)
+                    self._start_followers(trial, executor)
         finally:
-            self._note_time()
             executor.close()
+            if self._measuring is not None:
+                self._measuring.close()
+            self._note_time()
+
+    def _tell_staleness(self, executor: Executor) -> None:
+        """Say so if the controller would drop most results: they come from too many workers."""
+        controller, size = self.config.controller, self.config.batch_size
+        if not isinstance(controller, PPOConfig):
+            return
+        # While one training goes on, every other worker ends about one.
+        updates = executor.capacity / size
+        if updates > controller.max_staleness:
+            sentence = (
+                f"{executor.capacity} workers end about {updates:.0f} batches of {size} during a"
+                f" training, and ppo drops results older than {controller.max_staleness} updates:"
+                " set a larger batch_size"
+            )
+            logger.warning("%s", sentence)
+            self.watcher.note(sentence)
+
+    def _in_work(self) -> int:
+        """How many trials are measured, wait for a worker, or train."""
+        return len(self._at_device) + len(self._running)
 
     def _fill(self, controller: Controller, executor: Executor) -> None:
         """Propose until every worker has something to do or a stop rule holds."""
         self._learn_when_due(controller)
-        while len(self._running) < executor.capacity and self._tally.reason() is None:
+        ahead = max(1, executor.capacity // 4) if self._measuring is not None else 0
+        while self._in_work() < executor.capacity + ahead and self._tally.reason() is None:
             for trial in self._next_trials(controller, 1):
                 self._start(trial, executor)
             self._learn_when_due(controller)
@@ -84,14 +125,45 @@ class AsyncSearch(Search):
             self._followers[trial.architecture_hash].append(trial)
             return
         trial = self._sized(trial)
-        if trial.outcome is None:
-            (trial,) = self._measured([trial])
         if not self._goes_on(trial):
+            return
+        self._followers[trial.architecture_hash] = []
+        if self._measuring is None:
+            (trial,) = self._measured([trial])
+            self._train_measured(trial, executor)
+        else:
+            self._at_device[trial.architecture_hash] = trial
+            self._measuring.ask(self._network(trial))
+
+    def _take_measured(self, executor: Executor) -> None:
+        """Let workers have the networks that the devices are done with."""
+        if self._measuring is None:
+            return
+        # Without a training to wait for, it waits here.
+        for network, figures in self._measuring.found(0.0 if self._running else LOOK_S):
+            trial = self._at_device.pop(network.hash)
+            self._train_measured(self._with_figures(trial, figures), executor)
+
+    def _train_measured(self, trial: Trial, executor: Executor) -> None:
+        """Submit a trial, unless its latencies or their lack ended it."""
+        if not self._goes_on(trial):
+            self._start_followers(trial, executor)
             return
         self.store.start_attempts([trial.id])
         self._running[trial.id] = trial
-        self._followers[trial.architecture_hash] = []
         executor.submit(self._job(trial))
+
+    def _start_followers(self, trial: Trial, executor: Executor) -> None:
+        """Let the trials of an identical network take an ended one's result, or do the work."""
+        for follower in self._followers.pop(trial.architecture_hash):
+            self._start(follower, executor)
+
+    def _probe(self, controller: Controller, count: int) -> None:
+        if self._measuring is None:
+            super()._probe(controller, count)
+            return
+        with self._measuring.in_use:
+            super()._probe(controller, count)
 
     def _finish(self, trial: Trial) -> None:
         super()._finish(trial)

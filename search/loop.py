@@ -22,6 +22,7 @@ from controller.base import Controller, Proposal, Result, state_from_bytes, stat
 from search.campaign import Campaign
 from search.early_stop import EarlyStop
 from search.executor import Executor, Finished, Job, Stopped, make_executor
+from search.measuring import Figures
 from search.objective import Objective
 from search.parts import Parts
 from search.stop import Tally
@@ -252,24 +253,24 @@ class Search:
         """The trials with their latencies; with an outcome, if they failed or are rejected."""
         by_hash = {trial.architecture_hash: trial for trial in trials}
         for network, figures in self.latencies.measure([self._network(t) for t in trials]):
-            trial = by_hash[network.hash]
-            if isinstance(figures, MeasurementError):
-                failure = Failure(f"measuring failed: {figures}", figures.cause)
-                yield replace(trial, outcome="failed", failure=failure)
-                continue
-            metrics = {**(trial.metrics or {}), **figures.metrics}
-            unknown = sorted(set(self.objective.caps) - set(metrics))
-            if unknown:
-                raise ConfigError(
-                    f"objective.caps: the device does not measure {unknown[0]}; peak memory needs"
-                    " device.own_process=true."
-                )
-            ids, timings = figures.measurement_ids, {"measure_s": figures.seconds}
-            yield self._checked(
-                replace(
-                    trial, metrics=metrics, measurement_ids=ids, timings=timings if ids else None
-                )
+            yield self._with_figures(by_hash[network.hash], figures)
+
+    def _with_figures(self, trial: Trial, figures: Figures | MeasurementError) -> Trial:
+        """The trial with its latencies; with an outcome, if it failed or is rejected."""
+        if isinstance(figures, MeasurementError):
+            failure = Failure(f"measuring failed: {figures}", figures.cause)
+            return replace(trial, outcome="failed", failure=failure)
+        metrics = {**(trial.metrics or {}), **figures.metrics}
+        unknown = sorted(set(self.objective.caps) - set(metrics))
+        if unknown:
+            raise ConfigError(
+                f"objective.caps: the device does not measure {unknown[0]}; peak memory needs"
+                " device.own_process=true."
             )
+        ids, timings = figures.measurement_ids, {"measure_s": figures.seconds}
+        return self._checked(
+            replace(trial, metrics=metrics, measurement_ids=ids, timings=timings if ids else None)
+        )
 
     def _train(self, trials: Sequence[Trial], executor: Executor) -> None:
         if not trials:

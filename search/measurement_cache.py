@@ -50,7 +50,10 @@ class MeasurementCache:
         try:
             # A rollback journal, SQLite's default: unlike a write-ahead log it needs no shared
             # memory, so that the file may lie on a network's file system.
-            self._db = sqlite3.connect(path, timeout=30, isolation_level=None)
+            # An asynchronous search measures in a thread of its own, and nowhere else meanwhile.
+            self._db = sqlite3.connect(
+                path, timeout=30, isolation_level=None, check_same_thread=False
+            )
             self._prepare()
         except sqlite3.Error as error:
             raise ConfigError(

@@ -81,6 +81,56 @@ class FaultyDevice(LatencyMeter):
         )
 
 
+class Rendezvous:
+    """A training and a measurement that each wait for the other to have begun."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._folder = Path(str(options["folder"]))
+
+    def meet(self, own: str, other: str) -> None:
+        (self._folder / own).touch()
+        deadline = time.monotonic() + 60
+        while not (self._folder / other).exists():
+            if time.monotonic() > deadline:
+                raise TrialFailed(f"{own} went on, but {other} never did")
+            time.sleep(0.01)
+
+
+class MeetingDevice(LatencyMeter):
+    """Measures its first network at once; the second only once a training goes on."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self._rendezvous = Rendezvous(options)
+        self._measured = 0
+
+    def identity(self) -> dict[str, Any]:
+        return {"name": "meeting", "kind": "test"}
+
+    def measure(
+        self, architecture: Architecture, style: NetworkStyle = PAPER_STYLE
+    ) -> Measurement:
+        self._measured += 1
+        if self._measured == 2:
+            self._rendezvous.meet("measurement", "training")
+        return Measurement(
+            (1.0,) * 3, 1, 0, 1, graph_hash(architecture, style), self.identity(), {}, {}
+        )
+
+
+class MeetingEvaluator(FaultyEvaluator):
+    """Trains its networks only once a second one is measured."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__({})
+        self._rendezvous = Rendezvous(options)
+
+    def evaluate(
+        self, architecture: Architecture, *, seed: int, time_limit_s: float
+    ) -> Evaluation:
+        self._rendezvous.meet("training", "measurement")
+        return super().evaluate(architecture, seed=seed, time_limit_s=time_limit_s)
+
+
 class NoisyAtFirst(FaultyDevice):
     """Its first so many measurements are noisy and half as slow again, each less so."""
 

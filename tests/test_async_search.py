@@ -6,15 +6,25 @@ import os
 import random
 import signal
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from campaigns import comparable, controller_states, mnas, rows, start_mnas, wait_for_results
+from campaigns import (
+    TESTS,
+    comparable,
+    controller_states,
+    mnas,
+    rows,
+    start_mnas,
+    wait_for_results,
+)
 from campaigns import write_synthetic as write
 
-from search.config import load_campaign_config
+from search.config import campaign_config, load_campaign_config
 from search.engine import start
 from search.store import Store
+from search.trial import Trial
 from space.errors import ConfigError
 
 TRIALS = 48
@@ -77,6 +87,57 @@ def test_the_mode_of_a_campaign_does_not_change(tmp_path: Path) -> None:
 def test_a_device_that_shares_its_cores_with_trainings_is_refused() -> None:
     with pytest.raises(ConfigError, match="mode must be sync for a device that shares its cores"):
         load_campaign_config("digits", ["mode=async"])
+
+
+def run_with_device(folder: Path, controller: str, device: str, evaluator: str) -> list[Trial]:
+    """The trials of an asynchronous campaign of tests/plugin_parts.py's parts."""
+    options = {"folder": str(folder), "log": str(folder / "log")}
+    values = {
+        "name": "beside",
+        "space": {"name": "small_image"},
+        "controller": {"name": controller},
+        "evaluator": {"class": f"plugin_parts:{evaluator}", "options": options},
+        "device": {"class": f"plugin_parts:{device}", "options": options},
+        "objective": {"target_ms": 3.0},
+        "executor": {"name": "serial"},
+        "mode": "async",
+        "batch_size": 4,
+        "stop": {"trials": 24},
+    }
+    start(campaign_config(values, where="test", folder=folder), folder / "run")
+    with closing(Store(folder / "run" / "campaign.db", read_only=True)) as store:
+        return store.trials()
+
+
+def test_more_workers_than_ppo_can_learn_from_are_told(tmp_path: Path) -> None:
+    config = load_campaign_config(
+        str(write(tmp_path, trials=8)),
+        ["mode=async", "batch_size=2", "controller.max_staleness=0"],
+    )
+    start(config, tmp_path / "run")
+    assert "ppo drops results older than 0 updates" in (tmp_path / "run/campaign.log").read_text()
+
+
+def test_a_device_measures_while_children_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(TESTS))
+    trials = run_with_device(tmp_path, "random", "MeetingDevice", "MeetingEvaluator")
+    assert [trial.outcome for trial in trials] == ["completed"] * 24
+
+
+@pytest.mark.parametrize("controller", ["random", "guided"])
+def test_a_device_that_fails_beside_the_trainings_costs_its_own_trials_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, controller: str
+) -> None:
+    monkeypatch.syspath_prepend(str(TESTS))
+    trials = run_with_device(tmp_path, controller, "FaultyDevice", "FaultyEvaluator")
+    failed = [trial for trial in trials if int(trial.architecture_hash, 16) % 4 == 0]
+    assert 0 < len(failed) < 24
+    assert {trial.id for trial in trials if trial.outcome == "failed"} == {t.id for t in failed}
+    assert all("the device went away" in t.failure.reason for t in failed if t.failure)
+    measured = [trial for trial in trials if trial not in failed and trial.reused_from is None]
+    assert all(trial.timings and "measure_s" in trial.timings for trial in measured)
 
 
 @pytest.mark.slow
