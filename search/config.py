@@ -311,6 +311,9 @@ class CampaignConfig:
         executor: Where trials are evaluated.
         stop: When the search ends.
         early_stop: Which children are stopped before their last epoch; null trains all to the end.
+        trainings_per_network: A network that is proposed again is trained again, with a new seed,
+            until it has had so many trainings; its accuracy is their mean, which later proposals
+            take. 1 takes the first training's at once.
         warm_start: An earlier campaign to learn from first; null starts from nothing.
         baseline_share: Share of the trials, 0 to 0.5, that are drawn at random in the controller's
             place, so that the report can say what the controller gains.
@@ -331,6 +334,7 @@ class CampaignConfig:
     early_stop: EarlyStopConfig | None = None
     warm_start: WarmStartConfig | None = None
     baseline_share: float = 0.0
+    trainings_per_network: int = 1
     seed: int = 0
     batch_size: int = 16
     mode: Literal["sync", "async"] = "sync"
@@ -340,6 +344,10 @@ class CampaignConfig:
             raise ValueError(f"name must be usable as a folder's name, but got {self.name!r}")
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be >= 1, but got {self.batch_size}")
+        if self.trainings_per_network < 1:
+            raise ValueError(
+                f"trainings_per_network must be >= 1, but got {self.trainings_per_network}"
+            )
         if not 0 <= self.baseline_share <= 0.5:
             raise ValueError(
                 f"baseline_share must be in [0, 0.5], but got {self.baseline_share!r}"

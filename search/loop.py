@@ -26,6 +26,7 @@ from search.measuring import Figures
 from search.objective import Objective
 from search.parts import Parts
 from search.stop import Tally
+from search.store import SEVERAL_TRAININGS
 from search.trial import Failure, Trial
 from search.warm_start import carry_over
 from space.architecture import Architecture
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 #: The campaign's random streams, by the first key under its seed: the controller's is 0.
 TRAINING, BASELINE, FULL_TRAINING = 1, 2, 3
+
+#: The metric of a training of its own, where a network's accuracy is the mean of several.
+OWN_ACCURACY = "own_accuracy"
 
 #: How many networks a controller is asked to recommend at the end.
 RECOMMENDED = 10
@@ -99,6 +103,8 @@ class Search:
             self._early_stop = EarlyStop(
                 self.config.early_stop, self.objective, parts.epochs, self.store.learned_trials()
             )
+        if self.config.trainings_per_network > 1:
+            self.store.set_meta(SEVERAL_TRAININGS, True)
         self._batch: dict[int, Trial] = {}
         self._networks: dict[int, Architecture] = {}
         self._next_id, self._next_batch = self.store.next_ids()
@@ -194,9 +200,10 @@ class Search:
         followers: list[Trial] = []
         to_train: list[Trial] = []
         leaders: set[str] = set()
-        known = self.store.originals([t.architecture_hash for t in open_trials], self.parts.epochs)
+        known = self._own_results([trial.architecture_hash for trial in open_trials])
         for trial in open_trials:
-            if trial.architecture_hash in leaders or trial.architecture_hash in known:
+            own = known.get(trial.architecture_hash, [])
+            if trial.architecture_hash in leaders or self._settled(own):
                 followers.append(trial)
             else:
                 leaders.add(trial.architecture_hash)
@@ -208,7 +215,8 @@ class Search:
         for trial in followers:
             original = self._original(trial.architecture_hash)
             if original is None:
-                # The one it waited for failed by the machine's fault: it does the work itself.
+                # The one it waited for failed by the machine's fault, or the mean wants more
+                # trainings: it does the work itself.
                 assert executor is not None  # its leader was open, too
                 self._train(self._measure([trial], executor), executor)
             else:
@@ -287,7 +295,10 @@ class Search:
                 self.watcher.advance()
 
     def _job(self, trial: Trial) -> Job:
-        bars = self._early_stop.bars(trial.metrics or {}) if self._early_stop else {}
+        bars: dict[int, float] = {}
+        # The next training of a network that was worth all its epochs before is so, too.
+        if self._early_stop is not None and not self._earlier_trainings(trial):
+            bars = self._early_stop.bars(trial.metrics or {})
         return Job(trial.id, self._network(trial), trial.seed, bars)
 
     def _trained(self, trial: Trial, finished: Finished) -> Trial:
@@ -310,8 +321,29 @@ class Search:
                 {**evaluation.metrics, **known} if trial.measurement_ids else
                 {**known, **evaluation.metrics}
             )  # fmt: skip
-            result = self._rewarded(evaluation.accuracy, metrics)
+            result = self._rewarded(*self._averaged(trial, evaluation.accuracy, metrics))
         return replace(trial, attempt=attempt, timings=timings, finished_at=time.time(), **result)
+
+    def _averaged(
+        self, trial: Trial, accuracy: float, metrics: dict[str, float]
+    ) -> tuple[float, dict[str, float]]:
+        """The mean accuracy of a network's trainings and the metrics that say what it is of."""
+        earlier = self._earlier_trainings(trial)
+        if not earlier:
+            return accuracy, metrics
+        all_of_them = [accuracy]
+        for before in earlier:
+            assert before.accuracy is not None  # it is completed
+            all_of_them.append((before.metrics or {}).get(OWN_ACCURACY, before.accuracy))
+        counted = {OWN_ACCURACY: accuracy, "trainings": float(len(all_of_them))}
+        return math.fsum(all_of_them) / len(all_of_them), {**metrics, **counted}
+
+    def _earlier_trainings(self, trial: Trial) -> list[Trial]:
+        """The completed trainings of a trial's network, where their mean counts."""
+        if self.config.trainings_per_network == 1:
+            return []
+        own = self._own_results([trial.architecture_hash]).get(trial.architecture_hash, [])
+        return [before for before in own if before.outcome == "completed"]
 
     def _rewarded(self, accuracy: float, metrics: dict[str, float]) -> dict[str, Any]:
         """What a trial becomes by these figures: completed, or failed if they give no reward."""
@@ -443,17 +475,25 @@ class Search:
             self._networks[trial.id] = trial.network()
         return self._networks[trial.id]
 
+    def _own_results(self, architecture_hashes: Sequence[str]) -> dict[str, list[Trial]]:
+        return self.store.own_results(architecture_hashes, self.parts.epochs)
+
+    def _settled(self, own: Sequence[Trial]) -> bool:
+        """Whether a network with these results needs no further training."""
+        return bool(own) and (
+            own[-1].outcome != "completed" or len(own) >= self.config.trainings_per_network
+        )
+
     def _original(self, architecture_hash: str) -> Trial | None:
         """The trial whose result identical networks take, if there is one."""
-        return self.store.originals([architecture_hash], self.parts.epochs).get(architecture_hash)
+        own = self._own_results([architecture_hash]).get(architecture_hash, [])
+        return own[-1] if self._settled(own) else None
 
     def _end(self, controller: Controller, reason: str) -> None:
         """Record why the search ended and which networks the controller would hand over."""
-        recommended = [
-            self._original(self.parts.space.decode(tokens).hash)
-            for tokens in controller.recommend(RECOMMENDED)
-        ]
-        self.store.set_meta("recommended", [t.id for t in recommended if t is not None])
+        hashes = [self.parts.space.decode(t).hash for t in controller.recommend(RECOMMENDED)]
+        own = self._own_results(hashes)
+        self.store.set_meta("recommended", [own[key][-1].id for key in hashes if key in own])
         self.store.set_meta("stop_reason", reason)
 
     def _note_time(self) -> None:

@@ -116,6 +116,12 @@ _SEARCHED_ROLES: tuple[Role, ...] = ("search", "baseline")
 _SEARCHED = "id >= 0"
 #: Whatever became of a trial, the machine is not to blame.
 _OWN_FAULT = "coalesce(json_extract(failure, '$.cause'), '') <> 'infrastructure'"
+#: The key of meta that is there if networks are trained several times.
+SEVERAL_TRAININGS = "several_trainings"
+_LAST_TRAINING = (
+    "AND NOT EXISTS (SELECT 1 FROM trial WHERE architecture_hash = own.architecture_hash"
+    " AND id > own.id AND outcome = 'completed' AND epochs = own.epochs)"
+)
 _NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs"})
 
 #: Rows that one short read takes, and ids that one statement names.
@@ -385,12 +391,14 @@ class Store:
     def best(self, count: int) -> list[Trial]:
         """Return the `count` different networks of the search with the highest reward, best first.
 
-        Of equal rewards, and of trials of one network, the earliest comes first.
+        Of equal rewards the earliest comes first. Of a network that was trained several times the
+        last training counts, whose accuracy is the mean of all.
         """
         chosen: dict[str, Trial] = {}
+        last = "" if self.meta(SEVERAL_TRAININGS) is None else _LAST_TRAINING
         for trial in self._trials(
-            f"WHERE +{_SEARCHED} AND outcome IS NOT NULL AND reward IS NOT NULL"
-            " ORDER BY reward DESC, id"
+            f"AS own WHERE +{_SEARCHED} AND outcome IS NOT NULL AND reward IS NOT NULL"
+            f" {last} ORDER BY reward DESC, id"
         ):
             chosen.setdefault(trial.architecture_hash, trial)
             if len(chosen) == count:
@@ -460,14 +468,16 @@ class Store:
                 return
             last_id = rows[-1][0]
 
-    def originals(self, architecture_hashes: Sequence[str], epochs: float) -> dict[str, Trial]:
-        """Return by network the first trial at this fidelity with a result of its own.
+    def own_results(
+        self, architecture_hashes: Sequence[str], epochs: float
+    ) -> dict[str, list[Trial]]:
+        """Return by network the trials at this fidelity with a result of their own, oldest first.
 
         Trials of an earlier campaign count; full trainings do not. Results that are the machine's
         fault don't count, but for those of quarantined networks: such a network is evaluated
         again. Networks without one are left out.
         """
-        found: dict[str, Trial] = {}
+        found: dict[str, list[Trial]] = {}
         for start in range(0, len(architecture_hashes), _IDS):
             part = architecture_hashes[start : start + _IDS]
             for trial in self._trials(
@@ -476,7 +486,7 @@ class Store:
                 f" AND ({_OWN_FAULT} OR json_extract(failure, '$.quarantined')) ORDER BY id",
                 [*part, epochs],
             ):
-                found.setdefault(trial.architecture_hash, trial)
+                found.setdefault(trial.architecture_hash, []).append(trial)
         return found
 
     def training_s(self) -> float:

@@ -215,6 +215,20 @@ class TwoEpochs(FaultyEvaluator):
         return 2.0
 
 
+class LuckyFirst(FaultyEvaluator):
+    """Gives .9 first, and .3 less each time."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        self._next = 0.9
+
+    def evaluate(
+        self, architecture: Architecture, *, seed: int, time_limit_s: float
+    ) -> Evaluation:
+        accuracy, self._next = self._next, self._next - 0.3
+        return Evaluation(accuracy, {"latency_ms": 1.0}, 1.0)
+
+
 class BadAtOneNode(FaultyEvaluator):
     """Fails on the node whose environment says so: at the start of a process or in evaluations."""
 

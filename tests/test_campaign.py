@@ -74,6 +74,35 @@ def test_the_same_seed_gives_the_same_campaign_and_another_seed_another(tmp_path
     assert first != rows(run_synthetic(tmp_path / "c", seed=4))
 
 
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_network_that_comes_back_is_trained_again_and_its_mean_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.syspath_prepend(str(TESTS))
+    config = plugin_config(
+        tmp_path,
+        mode=mode,
+        controller={"class": "plugin_parts:OneNetwork", "options": {}},
+        evaluator={"class": "plugin_parts:LuckyFirst", "options": {}},
+        objective={"name": "soft", "target_ms": 1.0},
+        trainings_per_network=3,
+        batch_size=2,
+        stop={"trials": 5},
+    )
+    outcome = start(config, tmp_path / "run")
+    trials = Store(tmp_path / "run" / "campaign.db", read_only=True).trials()
+    assert len({trial.seed for trial in trials[:3]}) == 3
+    assert [t.outcome for t in trials] == ["completed"] * 3 + ["reused"] * 2
+    assert [t.reused_from for t in trials[3:]] == [2, 2]
+    # The trainings give .9, .6, .3: what is recorded is the mean so far.
+    assert [t.accuracy for t in trials] == pytest.approx([0.9, 0.75, 0.6, 0.6, 0.6])
+    own = [(t.metrics or {}).get("own_accuracy", t.accuracy) for t in trials[:3]]
+    assert own == pytest.approx([0.9, 0.6, 0.3])
+    # The first training's luck makes it nobody's best.
+    assert outcome.best is not None
+    assert outcome.best.id == 2
+
+
 def test_identical_networks_take_the_first_ones_result_and_say_so(tmp_path: Path) -> None:
     # The fixed tail of a tiny space repeats itself soon.
     space = tmp_path / "tiny.yaml"
