@@ -22,16 +22,16 @@ _BLUE, _ORANGE, _GRAY = "#2166ac", "#d6604d", "#666666"
 _SERIES = ((_BLUE, "o"), (_ORANGE, "x"))
 
 
-def check_picture(path: Path | None) -> None:
+def check_picture(path: Path | None, endings: Sequence[str] = (".png",)) -> None:
     """Refuse, before anything is measured, a picture that could not be written.
 
     Raises:
-        ConfigError: Its ending is not .png, or its folder is not there.
+        ConfigError: Its ending is not one of these, or its folder is not there.
     """
     if path is None:
         return
-    if path.suffix != ".png":
-        raise ConfigError(f"{path}: a picture's name must end in .png.")
+    if path.suffix not in endings:
+        raise ConfigError(f"{path}: a picture's name must end in {' or '.join(endings)}.")
     if not path.parent.is_dir():
         raise ConfigError(f"{path}: there is no folder {str(path.parent)!r}; make it first.")
 

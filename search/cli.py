@@ -263,20 +263,36 @@ def _watch(folder: Path) -> None:
 @app.command("compare")
 def compare_command(
     folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Campaigns' folders.")],
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Draw curves and fronts: FILE.html, FILE.png or FILE.svg."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Show campaigns of one objective side by side."""
+    """Show campaigns of one objective side by side: figures, fronts, and pairs by seed."""
     from rich.console import Console
 
-    from search.compare import compare, compare_table
+    from latency.plots import check_picture
+    from search.compare import compare, compare_tables, pair_tables
+    from search.compare_plot import ENDINGS, write_plot
 
-    rows = compare(folders)
+    check_picture(plot, ENDINGS)
+    found = compare(folders)
+    if plot is not None:
+        write_plot(found, plot)
     if as_json:
-        print_json({"campaigns": rows})
-    else:
-        console = Console()
-        console.print(compare_table(rows))
-        _print_lines(console, [(f"{n}", row["folder"]) for n, row in enumerate(rows, 1)])
+        print_json({**found.plain(), "plot": None if plot is None else str(plot)})
+        return
+    console = Console()
+    for table in compare_tables(found, console.width):
+        console.print(table)
+    _print_lines(console, [(f"{n}", row["folder"]) for n, row in enumerate(found.campaigns, 1)])
+    for pairs in pair_tables(found):
+        console.print(pairs.table)
+    for sentence in (*found.notes, *([found.not_paired] if found.not_paired else ())):
+        console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+    if plot is not None:
+        _print_lines(console, [("plot", str(plot))])
 
 
 @app.command("top")

@@ -8,13 +8,11 @@ campaign is read once, row by row, and shown in part: the page says which part.
 from __future__ import annotations
 
 import datetime
-import errno
 import html
 import importlib.resources
-import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -25,6 +23,7 @@ from plotly.offline import get_plotlyjs
 from search.campaign import is_running
 from search.config import CampaignConfig, config_to_plain
 from search.objective import Objective
+from search.page import html_table, script_text, write_named
 from search.progress import format_duration
 from search.report_data import (
     ARCHITECTURE_LETTERS,
@@ -43,7 +42,6 @@ from space.architecture import Architecture
 from space.cost import Cost, count, stage_table
 from space.drawing import architecture_svg
 from space.errors import ConfigError
-from space.files import write_atomically
 from space.records import dump_yaml
 
 _DETAIL_LETTERS, _EVENTS = 4_000, 500
@@ -60,13 +58,7 @@ def write_report(store: Store, config: CampaignConfig, path: Path) -> None:
     Raises:
         ConfigError: The file cannot be written there.
     """
-    text = _page(store, config)
-    try:
-        write_atomically(path, text.encode())
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise ConfigError(f"{path}: cannot be written: {error.strerror or error}.") from None
+    write_named(path, _page(store, config).encode())
 
 
 def _page(store: Store, config: CampaignConfig) -> str:
@@ -85,15 +77,9 @@ def _page(store: Store, config: CampaignConfig) -> str:
         environment=_environment(facts),
         events=_events(store),
         footer=f"<p>Written {_time(time.time())}. {_escape(facts.shown.note)}</p>",
-        data=_script_text(facts),
+        data=script_text(script_values(facts)),
         plotly=get_plotlyjs(),
     )
-
-
-def _script_text(facts: Facts) -> str:
-    text = json.dumps(script_values(facts), allow_nan=False, separators=(",", ":"))
-    # No text from outside may end the script element or open a comment.
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
 # ---------------------------------------------------------------------------- the page's parts
@@ -354,7 +340,7 @@ def _stage_table(network: Architecture) -> str:
         for stage in stage_table(network)
     ]  # fmt: skip
     heads = ("stage", "notation", "input", "output", "parameters", "multiply-adds")
-    table = _table(heads, rows, numbers=(4, 5))
+    table = html_table(heads, rows, numbers=(4, 5))
     return f"<details><summary>Every stage in numbers</summary>{table}</details>"
 
 
@@ -397,7 +383,7 @@ def _failures(facts: Facts) -> str:
     return (
         "<p>Grouped by reason; numbers in a reason don't count. Failures by the machine's fault"
         " (infrastructure) are withheld from the controller.</p>"
-        + _table(heads, rows, numbers=(0, 4))
+        + html_table(heads, rows, numbers=(0, 4))
         + more
         + "".join(_detail(kind, facts.store) for kind in shown)
     )
@@ -465,7 +451,7 @@ def _events(store: Store) -> str:
     older = (
         f"<p>The last {len(shown):,} of {len(events):,}.</p>" if len(shown) < len(events) else ""
     )
-    return older + _table(("when", "what", "message"), rows)
+    return older + html_table(("when", "what", "message"), rows)
 
 
 # ---------------------------------------------------------------------------- small things
@@ -477,22 +463,6 @@ def _escape(text: object) -> str:
 
 def _nothing(text: str) -> str:
     return f'<p class="soft">{_escape(text)}</p>'
-
-
-def _table(
-    heads: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: Sequence[int] = ()
-) -> str:
-    def cells(values: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{' class=number' if index in numbers else ''}>{_escape(value)}</{tag}>"
-            for index, value in enumerate(values)
-        )
-
-    body = "".join(f"<tr>{cells(row, 'td')}</tr>" for row in rows)
-    return (
-        f'<div class="scroll"><table><thead><tr>{cells(heads, "th")}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
 
 
 def _definitions(values: Mapping[str, object]) -> str:

@@ -30,7 +30,8 @@ WHOLE_CAMPAIGN = 8_000
 TOP, SAMPLE, FRONT = 1_000, 5_000, 2_000
 
 _DRAWN = 5
-_LINE_POINTS = 1_500
+#: A line has no more points.
+LINE_POINTS = 1_500
 _KINDS, KINDS_SHOWN = 5_000, 50
 REASON_LETTERS, ARCHITECTURE_LETTERS = 300, 1_000
 
@@ -276,7 +277,7 @@ def _choose(store: Store, scan: Scan, seed: int) -> Shown:
         ids = {*scan.search.tolist(), *scan.others}
         note = "All trials of the campaign are shown."
     else:
-        whole_front, front = front, _thin(front, FRONT)
+        whole_front, front = front, thin(front, FRONT)
         sample = np.random.default_rng(seed).choice(scan.search, SAMPLE, replace=False)
         examples = [kind.example for kind in scan.kinds[:KINDS_SHOWN]]
         ids = {*front.tolist(), *scan.best(TOP).tolist(), *sample.tolist(), *examples}
@@ -358,7 +359,7 @@ def _best_so_far(scan: Scan) -> list[tuple[int, float]]:
         return []
     best = np.maximum.accumulate(scan.reward)
     rises = np.flatnonzero(np.concatenate(([True], best[1:] > best[:-1])))
-    chosen = np.unique(np.append(_thin(rises, _LINE_POINTS), len(best) - 1))
+    chosen = np.unique(np.append(thin(rises, LINE_POINTS), len(best) - 1))
     return list(zip(scan.scored[chosen].tolist(), best[chosen].tolist(), strict=True))
 
 
@@ -368,7 +369,7 @@ def _running_mean(scan: Scan, window: int) -> list[tuple[int, float]]:
         return []
     sums = np.cumsum(np.concatenate(([0.0], scan.reward)))
     means = (sums[window:] - sums[:-window]) / window
-    chosen = _thin(np.arange(len(means)), _LINE_POINTS)
+    chosen = thin(np.arange(len(means)), LINE_POINTS)
     ids = scan.scored[window - 1 :][chosen]
     return list(zip(ids.tolist(), means[chosen].tolist(), strict=True))
 
@@ -395,7 +396,7 @@ def _equal_reward(facts: Facts) -> list[tuple[float, float]]:
 def _diagnostics(store: Store) -> dict[str, list[tuple[int, float]]]:
     """Name -> points (batch, value), entropy first, then in the controller's order."""
     found: dict[str, list[tuple[int, float]]] = {"entropy": []}
-    for batch, values in store.diagnostics(limit=_LINE_POINTS):
+    for batch, values in store.diagnostics(limit=LINE_POINTS):
         for name, value in values.items():
             if finite(value) is not None:
                 found.setdefault(name, []).append((batch, value))
@@ -405,8 +406,8 @@ def _diagnostics(store: Store) -> dict[str, list[tuple[int, float]]]:
 # ---------------------------------------------------------------------------- small things
 
 
-def _thin(values: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
-    """At most `limit` of the values, evenly spaced, both ends among them."""
+def thin(values: NDArray[np.int64], limit: int) -> NDArray[np.int64]:
+    """Return at most `limit` of the values, evenly spaced, both ends among them."""
     if len(values) <= limit:
         return values
     return values[np.linspace(0, len(values) - 1, limit).round().astype(np.int64)]

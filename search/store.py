@@ -138,6 +138,7 @@ class TrialFigures(NamedTuple):
     latency_ms: float | None
     reward: float | None
     failure: str | None  # JSON of a search.trial.Failure
+    finished_at: float | None
 
 
 class Store:
@@ -457,13 +458,13 @@ class Store:
         last_id, decode = -(2**63), json.JSONDecoder().raw_decode
         while True:
             rows = self._db.execute(
-                "SELECT id, role, outcome, accuracy, metrics, reward, failure FROM trial"
-                " WHERE id > ? ORDER BY id LIMIT ?",
+                "SELECT id, role, outcome, accuracy, metrics, reward, failure, finished_at"
+                " FROM trial WHERE id > ? ORDER BY id LIMIT ?",
                 (last_id, _PAGE),
             ).fetchall()
-            for trial_id, role, outcome, accuracy, metrics, reward, failure in rows:
+            for trial_id, role, outcome, accuracy, metrics, *rest in rows:
                 latency_ms = decode(metrics)[0].get("latency_ms") if metrics else None
-                yield TrialFigures(trial_id, role, outcome, accuracy, latency_ms, reward, failure)
+                yield TrialFigures(trial_id, role, outcome, accuracy, latency_ms, *rest)
             if len(rows) < _PAGE:
                 return
             last_id = rows[-1][0]
