@@ -23,6 +23,7 @@ from space.errors import TrialFailed
 from space.records import record
 
 if TYPE_CHECKING:
+    from retrain.checkpoint import KeptState
     from search.config import EvaluatorChoice, SyntheticEvaluatorConfig, TrainEvaluatorConfig
     from space.search_space import SearchSpace
 
@@ -153,6 +154,13 @@ class Evaluator(ABC):
             TrialFailed: There is none; the reason is recorded.
         """
 
+    def forget(self, architecture: Architecture, *, seed: int) -> None:
+        """Remove what a training that has no result left for the next attempt. Nothing by default.
+
+        Called by the engine, in its own process, once the trial is recorded as failed.
+        """
+        return
+
 
 class TrainEvaluator(Evaluator):
     """Trains the network briefly with MindSpore and validates it."""
@@ -179,11 +187,7 @@ class TrainEvaluator(Evaluator):
         """Train with the recipe and return the validation accuracy."""
         from retrain.train import train
 
-        kept = None
-        if self._checkpoints is not None:
-            from retrain.checkpoint import KeptState
-
-            kept = KeptState(Path(self._checkpoints), architecture, self._recipe, seed)
+        kept = self._kept(architecture, seed)
         try:
             result = train(
                 architecture,
@@ -207,6 +211,19 @@ class TrainEvaluator(Evaluator):
             metrics={"train_loss": result.losses[-1], "images_per_s": result.images_per_s},
             epochs=self.epochs,
         )
+
+    def forget(self, architecture: Architecture, *, seed: int) -> None:
+        """Remove the state of a child whose process was killed."""
+        kept = self._kept(architecture, seed)
+        if kept:
+            kept.remove()
+
+    def _kept(self, architecture: Architecture, seed: int) -> KeptState | None:
+        if self._checkpoints is None:
+            return None
+        from retrain.checkpoint import KeptState
+
+        return KeptState(Path(self._checkpoints), architecture, self._recipe, seed)
 
 
 class SyntheticEvaluator(Evaluator):

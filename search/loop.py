@@ -388,6 +388,7 @@ class Search:
         if trial.failure is not None:
             level = logging.WARNING if trial.outcome == "failed" else logging.INFO
             logger.log(level, "trial %d %s: %s", trial.id, trial.outcome, trial.failure.reason)
+            self.parts.evaluator.forget(self._network(trial), seed=trial.seed)
             if trial.failure.detail:
                 logger.info("trial %d detail:\n%s", trial.id, trial.failure.detail)
         self.watcher.trial(trial)

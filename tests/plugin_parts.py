@@ -215,6 +215,18 @@ class TwoEpochs(FaultyEvaluator):
         return 2.0
 
 
+class Forgetting(FaultyEvaluator):
+    """Notes in a file what it is told to forget."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        self._log = Path(str(options["log"]))
+
+    def forget(self, architecture: Architecture, *, seed: int) -> None:
+        with self._log.open("a") as file:
+            file.write(f"{architecture.hash} {seed}\n")
+
+
 class LuckyFirst(FaultyEvaluator):
     """Gives .9 first, and .3 less each time."""
 

@@ -103,6 +103,22 @@ def test_a_network_that_comes_back_is_trained_again_and_its_mean_counts(
     assert outcome.best.id == 2
 
 
+def test_what_a_failed_trial_left_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(TESTS))
+    log = tmp_path / "forgotten"
+    options = {"faults": ["diverge", "raise", "diverge"], "log": str(log)}
+    config = plugin_config(
+        tmp_path, evaluator={"class": "plugin_parts:Forgetting", "options": options}
+    )
+    start(config, tmp_path / "run")
+    trials = Store(tmp_path / "run" / "campaign.db", read_only=True).trials()
+    failed = [f"{t.architecture_hash} {t.seed}" for t in trials if t.outcome == "failed"]
+    assert failed
+    assert log.read_text().splitlines() == failed
+
+
 def test_identical_networks_take_the_first_ones_result_and_say_so(tmp_path: Path) -> None:
     # The fixed tail of a tiny space repeats itself soon.
     space = tmp_path / "tiny.yaml"

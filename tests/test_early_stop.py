@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -223,6 +224,12 @@ def test_a_child_whose_worker_died_goes_on_from_its_last_epoch(
     )
     assert died.returncode == 9
     assert len(list(folder.iterdir())) == 1
+    # A trial that is given up for good leaves nothing either.
+    given_up = shutil.copytree(folder, tmp_path / "given_up")
+    evaluator_with_checkpoints(given_up).forget(TINY, seed=2)
+    assert len(list(given_up.iterdir())) == 1
+    evaluator_with_checkpoints(given_up).forget(TINY, seed=1)
+    assert list(given_up.iterdir()) == []
     steps = []
     take_step = Trainer.take_step
     monkeypatch.setattr(
