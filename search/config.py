@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -43,7 +43,7 @@ class PluginConfig:
 
     name: Literal["plugin"]
     class_path: str
-    options: dict[str, Any] = Field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         module, colon, attribute = self.class_path.partition(":")
@@ -159,7 +159,7 @@ class RayConfig:
     pin: bool = False
     npus: int = 0
     address: str | None = None
-    runtime_env: dict[str, Any] = Field(default_factory=dict)
+    runtime_env: dict[str, Any] = field(default_factory=dict)
     devices: tuple[str, ...] = ()
     trials_per_process: int = 16
     max_memory_mb: int = 3000

@@ -429,7 +429,7 @@ class RayExecutor(Executor):
             process.trials >= self._config.trials_per_process
             or process.memory_mb > self._config.max_memory_mb
         )
-        if worn:
+        if worn and process.trials:  # a limit that none can keep still gets a trial from each
             self._replace(slot)
 
     def _collect_from(self, slot: _Slot, results: list[Any]) -> list[Finished]:

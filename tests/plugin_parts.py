@@ -241,6 +241,16 @@ class LuckyFirst(FaultyEvaluator):
         return Evaluation(accuracy, {"latency_ms": 1.0}, 1.0)
 
 
+class TellsItsProcess(FaultyEvaluator):
+    """Tells the process that it runs in; takes longer than a process needs to start."""
+
+    def evaluate(
+        self, architecture: Architecture, *, seed: int, time_limit_s: float
+    ) -> Evaluation:
+        time.sleep(3.0)
+        return Evaluation(0.5, {"latency_ms": 1.0, "pid": float(os.getpid())}, 1.0)
+
+
 class BadAtOneNode(FaultyEvaluator):
     """Fails on the node whose environment says so: at the start of a process or in evaluations."""
 

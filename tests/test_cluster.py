@@ -271,6 +271,34 @@ def test_code_of_a_user_reaches_the_nodes(tmp_path: Path, cluster: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("limit", "per_process"), [({"trials_per_process": 2}, 2), ({"max_memory_mb": 1}, 1)]
+)
+def test_a_worn_process_is_replaced_by_one_that_has_warmed_up_meanwhile(
+    cluster: Any, limit: dict[str, int], per_process: int
+) -> None:
+    cluster.add_node(num_cpus=1)
+    config = RayConfig("ray", address=cluster.address, **limit)  # type: ignore[arg-type]
+    made = RayExecutor(config, PluginConfig("plugin", "plugin_parts:TellsItsProcess", {}))
+    most = 0
+    try:
+        for trial_id in range(4):
+            made.submit(Job(trial_id, find_architecture("mnasnet-small"), 1))
+        pids: list[float] = []
+        while len(pids) < 4:
+            for end in made.wait(0.2):
+                assert isinstance(end.outcome, Evaluation)
+                pids.append(end.outcome.metrics["pid"])
+            most = max(most, len(workers()))
+        assert [pids.count(pid) for pid in dict.fromkeys(pids)] == [per_process] * (
+            4 // per_process
+        )
+        assert most == 2  # the next one warms up beside the last trial
+    finally:
+        made.close()
+
+
+@pytest.mark.slow
 def test_each_worker_sees_one_npu_of_its_own(cluster: Any) -> None:
     # Stand-ins for NPUs: Ray hands out what the node says it has.
     cluster.add_node(num_cpus=4, resources={"NPU": 2})
