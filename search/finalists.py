@@ -24,6 +24,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from retrain.__main__ import EXIT_DIVERGED
 from search.campaign import Campaign
 from search.loop import FULL_TRAINING, is_infrastructure, trial_seed
 from search.measuring import INT8_ACCURACY, in_int8
@@ -328,7 +329,8 @@ class HandOver:
             reason = lines[-1] if lines else "it printed nothing"
             raise TrialFailed(
                 f"retrain {arguments[0]} ended with status {process.returncode}: {reason}",
-                cause="infrastructure",
+                # A training that diverged would do so again.
+                cause="architecture" if process.returncode == EXIT_DIVERGED else "infrastructure",
                 detail="\n".join(lines[-50:]),
             )
         return lines
