@@ -16,21 +16,19 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from retrain.__main__ import EXIT_DIVERGED
 from search.campaign import Campaign
 from search.loop import FULL_TRAINING, is_infrastructure, trial_seed
 from search.measuring import INT8_ACCURACY, in_int8
 from search.objective import Objective
 from search.pareto import best_networks
 from search.parts import Parts
+from search.retrain_command import SILENCE_LIMIT_S, run_retrain
 from search.store import Store
 from search.trial import Failure, Trial
 from space.errors import ConfigError, MeasurementError, TrialFailed
@@ -38,9 +36,6 @@ from space.files import write_atomically
 from space.records import dump_yaml
 
 logger = logging.getLogger(__name__)
-
-#: A command of the retrain room that says nothing for so long is taken to hang.
-SILENCE_LIMIT_S = 1800.0
 
 #: A finalist's quantized file, in its folder and, the winner's, in export/.
 _INT8_FILE = "model_int8.onnx"
@@ -54,7 +49,12 @@ class LineWatcher(Protocol):
 
 
 def hand_over(
-    campaign: Campaign, parts: Parts, watcher: LineWatcher, *, top: int | None = None
+    campaign: Campaign,
+    parts: Parts,
+    watcher: LineWatcher,
+    *,
+    top: int | None = None,
+    silence_limit_s: float = SILENCE_LIMIT_S,
 ) -> dict[str, Any] | None:
     """Retrain the best networks of a campaign whose search has been run before.
 
@@ -63,6 +63,7 @@ def hand_over(
         parts: Made from its configuration.
         watcher: Is shown the trainings' progress.
         top: How many networks; None takes the configuration's.
+        silence_limit_s: A command of the retrain room that prints nothing for so long is killed.
 
     Raises:
         ConfigError: The campaign's configuration has no recipe for a full training.
@@ -74,7 +75,9 @@ def hand_over(
     if target_ms is None:
         raise ConfigError(f"{campaign.folder}: its search has not begun; nothing to retrain.")
     objective = Objective(campaign.config.objective, target_ms)
-    return HandOver(campaign, parts, objective, watcher, top=top or config.top).run()
+    return HandOver(
+        campaign, parts, objective, watcher, top=top or config.top, silence_limit_s=silence_limit_s
+    ).run()
 
 
 def candidates(store: Store, count: int) -> list[Trial]:
@@ -98,6 +101,7 @@ class HandOver:
         objective: Ranks the retrained networks.
         watcher: Is shown the trainings' progress.
         top: How many networks.
+        silence_limit_s: A command of the retrain room that prints nothing for so long is killed.
     """
 
     def __init__(
@@ -108,6 +112,7 @@ class HandOver:
         watcher: LineWatcher,
         *,
         top: int,
+        silence_limit_s: float = SILENCE_LIMIT_S,
     ) -> None:
         assert campaign.config.retrain is not None  # asked for by the caller
         self._campaign = campaign
@@ -117,6 +122,7 @@ class HandOver:
         self._objective = objective
         self._watcher = watcher
         self._top = top
+        self._silence_limit_s = silence_limit_s
 
     def run(self) -> dict[str, Any] | None:
         """Retrain, choose, test and export; return what is known of the winner.
@@ -296,41 +302,6 @@ class HandOver:
         """Run a command of the retrain room to its end and return the lines that it printed.
 
         Raises:
-            TrialFailed: It ended with an error; the reason is its last line.
+            TrialFailed: It ended with an error, or it hung.
         """
-        process = subprocess.Popen(
-            [sys.executable, "-m", "retrain", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "MNAS_PARENT_PID": str(os.getpid()), "PYTHONUNBUFFERED": "1"},
-            # Its own session: Ctrl-C reaches the engine, which then ends it in order.
-            start_new_session=True,
-        )
-        lines: list[str] = []
-        try:
-            assert process.stdout is not None  # it is a pipe
-            with process.stdout:
-                for line in process.stdout:
-                    text = line.rstrip()
-                    if text:
-                        lines.append(text)
-                        self._watcher.line(text)
-            process.wait(timeout=60)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(timeout=3)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-        if process.returncode != 0:
-            reason = lines[-1] if lines else "it printed nothing"
-            raise TrialFailed(
-                f"retrain {arguments[0]} ended with status {process.returncode}: {reason}",
-                # A training that diverged would do so again.
-                cause="architecture" if process.returncode == EXIT_DIVERGED else "infrastructure",
-                detail="\n".join(lines[-50:]),
-            )
-        return lines
+        return run_retrain(arguments, self._watcher.line, silence_limit_s=self._silence_limit_s)
