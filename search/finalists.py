@@ -14,7 +14,6 @@ of the int8 accuracy: a network is chosen for what it does on the device.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 from collections.abc import Sequence
@@ -35,9 +34,10 @@ from space.errors import ConfigError, MeasurementError, TrialFailed
 from space.files import write_atomically
 from space.records import dump_yaml
 
-logger = logging.getLogger(__name__)
+#: A finalist's weights, in its folder.
+_WEIGHTS = "model.safetensors"
 
-#: A finalist's quantized file, in its folder and, the winner's, in export/.
+#: Its quantized file, there and, the winner's, in export/.
 _INT8_FILE = "model_int8.onnx"
 
 
@@ -151,7 +151,7 @@ class HandOver:
         started = time.monotonic()
         try:
             finalist = self._measured(finalist)
-            result = self._train(finalist)
+            accuracy = self._train(finalist)
             finalist = self._quantized(finalist)
         except MeasurementError as error:
             failure = Failure(f"measuring failed: {error}", error.cause)
@@ -160,7 +160,6 @@ class HandOver:
             failure = Failure(error.reason, error.cause, error.detail)
             done = replace(finalist, outcome="failed", failure=failure)
         else:
-            accuracy = float(result["validation_accuracy"])
             metrics = finalist.metrics or {}
             reward, parts = self._objective.reward(metrics.get(INT8_ACCURACY, accuracy), metrics)
             done = replace(
@@ -203,15 +202,16 @@ class HandOver:
         metrics = {**(finalist.metrics or {}), **figures.metrics}
         return replace(finalist, metrics=metrics, measurement_ids=figures.measurement_ids)
 
-    def folder(self, trial_id: int) -> Path:
-        """Where the full training of a search trial's network is."""
-        return self._campaign.folder / "finalists" / f"trial_{trial_id}"
-
-    def _train(self, finalist: Trial) -> dict[str, Any]:
+    def _folder(self, finalist: Trial) -> Path:
+        """Where its full training is: named after the search's trial."""
         assert finalist.finalist_of is not None  # set by _new_finalist
-        folder = self.folder(finalist.finalist_of)
+        return self._campaign.folder / "finalists" / f"trial_{finalist.finalist_of}"
+
+    def _train(self, finalist: Trial) -> float:
+        """Train it, or go on where that was stopped; return its validation accuracy."""
+        folder = self._folder(finalist)
         folder.parent.mkdir(exist_ok=True)
-        recipe = folder.parent / f"trial_{finalist.finalist_of}.yaml"
+        recipe = folder.with_name(f"{folder.name}.yaml")
         write_atomically(recipe, dump_yaml(self._config.recipe).encode())
         command = [
             "train", "--config", str(recipe), "--arch", finalist.architecture,
@@ -225,43 +225,34 @@ class HandOver:
         if threads is not None:
             command += ["--threads", str(threads)]
         self._run(command)
-        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-        return result
+        result = json.loads((folder / "result.json").read_text())
+        return float(result["validation_accuracy"])
 
     def _quantized(self, finalist: Trial) -> Trial:
         """The finalist with the accuracy of its int8 file, if a device computes in int8."""
         if not in_int8(self._store, [finalist]):
             return finalist
-        assert finalist.finalist_of is not None  # set by _new_finalist
-        folder = self.folder(finalist.finalist_of)
+        folder = self._folder(finalist)
         # Whatever int8 costs: it is in the reward.
-        exported = self._last_json(
-            self._run(
-                ["export", "--ckpt_path", str(folder / "model.safetensors"), "--int8",
-                 "--max_drop", "1", "--out", str(folder / _INT8_FILE), "--overwrite", "--json"]
-            )
+        exported = self._json(
+            "export", "--ckpt_path", str(folder / _WEIGHTS), "--int8", "--max_drop", "1",
+            "--out", str(folder / _INT8_FILE), "--overwrite",
         )  # fmt: skip
         metrics = {**(finalist.metrics or {}), INT8_ACCURACY: float(exported["exported_top1"])}
         return replace(finalist, metrics=metrics)
 
     def _winner(self, finalist: Trial) -> dict[str, Any]:
         """Test once, in each precision that there is, export, and collect what a user needs."""
-        assert finalist.finalist_of is not None  # a finalist
-        folder = self.folder(finalist.finalist_of)
-        weights = folder / "model.safetensors"
-        export = self._campaign.folder / "export"
-        export.mkdir(exist_ok=True)
         known = self._store.meta("winner")
         if known is not None and known["trial"] == finalist.finalist_of:
             return dict(known)
-        tested = self._last_json(
-            self._run(["validate", "--ckpt_path", str(weights), "--split", "test", "--json"])
-        )
-        exported = self._last_json(
-            self._run(
-                ["export", "--ckpt_path", str(weights), "--out", str(export / "model.onnx"),
-                 "--overwrite", "--json"]
-            )
+        weights = self._folder(finalist) / _WEIGHTS
+        export = self._campaign.folder / "export"
+        export.mkdir(exist_ok=True)
+        tested = self._json("validate", "--ckpt_path", str(weights), "--split", "test")
+        exported = self._json(
+            "export", "--ckpt_path", str(weights), "--out", str(export / "model.onnx"),
+            "--overwrite",
         )  # fmt: skip
         write_atomically(export / "architecture.txt", (finalist.architecture + "\n").encode())
         winner = {
@@ -279,13 +270,10 @@ class HandOver:
         int8_accuracy = (finalist.metrics or {}).get(INT8_ACCURACY)
         if int8_accuracy is None:
             return winner
-        quantized = folder / _INT8_FILE
-        tested = self._last_json(
-            self._run(
-                ["validate", "--ckpt_path", str(weights), "--onnx", str(quantized),
-                 "--split", "test", "--json"]
-            )
-        )  # fmt: skip
+        quantized = self._folder(finalist) / _INT8_FILE
+        tested = self._json(
+            "validate", "--ckpt_path", str(weights), "--onnx", str(quantized), "--split", "test"
+        )
         write_atomically(export / _INT8_FILE, quantized.read_bytes())
         return winner | {
             "int8_validation_accuracy": int8_accuracy,
@@ -293,8 +281,9 @@ class HandOver:
             "onnx_int8": f"export/{_INT8_FILE}",
         }
 
-    def _last_json(self, lines: Sequence[str]) -> dict[str, Any]:
-        """The object that a command printed; a framework may have warned after it."""
+    def _json(self, *arguments: str) -> dict[str, Any]:
+        """Run a command and return the object that it printed; a framework may warn after it."""
+        lines = self._run([*arguments, "--json"])
         found: dict[str, Any] = json.loads(next(x for x in reversed(lines) if x.startswith("{")))
         return found
 
