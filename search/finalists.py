@@ -14,6 +14,7 @@ of the int8 accuracy: a network is chosen for what it does on the device.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import time
 from collections.abc import Sequence
@@ -33,6 +34,8 @@ from search.trial import Failure, Trial
 from space.errors import ConfigError, MeasurementError, TrialFailed
 from space.files import write_atomically
 from space.records import dump_yaml
+
+logger = logging.getLogger(__name__)
 
 #: A finalist's weights, in its folder.
 _WEIGHTS = "model.safetensors"
@@ -168,6 +171,11 @@ class HandOver:
         done = replace(
             done, finished_at=time.time(), timings={"train_s": time.monotonic() - started}
         )
+        if done.failure is not None:
+            logger.warning(
+                "full training of trial %d failed: %s; its last lines:\n%s",
+                trial.id, done.failure.reason, done.failure.detail,
+            )  # fmt: skip
         self._store.finish_trial(done)
         return done
 

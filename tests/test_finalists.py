@@ -13,6 +13,7 @@ from campaigns import write_synthetic
 
 from retrain.__main__ import EXIT_DIVERGED, EXIT_ERROR
 from search.campaign import open_to_write
+from search.cli_parts import retrain
 from search.config import load_campaign_config
 from search.engine import Silent, resume, start
 from search.finalists import hand_over
@@ -20,7 +21,7 @@ from search.parts import Parts
 from search.retrain_command import run_retrain
 from search.store import Store
 from search.trial import Failure
-from space.errors import Diverged, TrialFailed
+from space.errors import Diverged, MnasError, TrialFailed
 
 # The retrain room's command line as far as a training that fails: it is counted, speaks and ends.
 ROOM = """
@@ -69,6 +70,19 @@ def test_a_finalist_that_diverged_is_recorded_as_such_and_not_trained_again(fold
     (failure,) = failures(folder)
     assert failure.cause == "architecture"
     assert failure.reason.endswith("status 3: retrain: diverged: the loss was nan at step 3")
+
+
+def test_the_campaigns_log_says_why_no_network_was_retrained(folder: Path) -> None:
+    run_room(folder, "retrain: MindSpore failed: no device is free", EXIT_ERROR)
+    start_campaign(folder)
+    run_room(folder, "retrain: diverged: the loss was nan at step 3", EXIT_DIVERGED)
+    with pytest.raises(MnasError, match=r"no network was retrained; campaign\.log says why"):
+        retrain(campaign=folder / "run")
+    log = (folder / "run" / "campaign.log").read_text()
+    said = [line for line in log.splitlines() if "full training of trial 0 failed" in line]
+    assert len(said) == 2
+    assert "no device is free" in said[0]
+    assert "diverged: the loss was nan at step 3" in said[1]
 
 
 def test_a_finalist_whose_training_failed_otherwise_is_trained_again(folder: Path) -> None:
