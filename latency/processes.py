@@ -90,7 +90,7 @@ def run_to_end(
     except subprocess.TimeoutExpired:
         ending = "time"
     finally:
-        _kill_group(process)
+        kill_group(process)
         # A daemon that the program left behind, in a group of its own, may hold the pipes open.
         for thread in (feeder, output, errors):
             thread.join(_PIPE_S)
@@ -121,7 +121,7 @@ class _Reader(threading.Thread):
                 size += len(part)
                 if size > MOST_BYTES:
                     self.overflowed = True
-                    _kill_group(self._process)
+                    kill_group(self._process)
                     return
 
     @property
@@ -138,7 +138,8 @@ def _feed(pipe: IO[bytes] | None, given: bytes | None) -> None:
         pipe.flush()
 
 
-def _kill_group(process: subprocess.Popen[bytes]) -> None:
+def kill_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill what is left of the group that a process leads, and wait for the process."""
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,7 +1,8 @@
 """`python -m retrain [train]|finetune|validate|export|convert`: one training and what follows.
 
 Without a command, `train` is meant, as the model zoo's `train.py` has it. Bad input ends in one
-sentence on standard error and exit status 2; a failed training in status 1.
+sentence on standard error and exit status 2; a training that diverged, and would again, in status
+3; whatever else failed in status 1.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from retrain.convert_cli import convert
 from retrain.launch import MSRUN, PARENT, die_with_launcher, die_with_parent
 from retrain.progress import ProgressDisplay
 from retrain.request import TrainRequest, int8_request
-from space.errors import ConfigError, MnasError
+from space.errors import ConfigError, Diverged, MnasError
 from space.records import to_plain
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 #: The class of all complaints about flags and arguments, whichever click typer is built on.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-EXIT_ERROR, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+EXIT_ERROR, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
 app = typer.Typer(
@@ -373,6 +374,8 @@ def _run() -> int:
         return status if isinstance(status, int) else 0
     except ConfigError as error:
         return _complain(str(error), EXIT_BAD_INPUT)
+    except Diverged as error:
+        return _complain(str(error), EXIT_DIVERGED)
     except MnasError as error:
         return _complain(str(error), EXIT_ERROR)
     except _UsageError as error:

@@ -111,7 +111,8 @@ def train_command(
 
     Raises:
         ConfigError: Bad input, or the folder holds a training and `resume` is not asked for.
-        TrialFailed: The training diverged.
+        Diverged: The training diverged.
+        TrialFailed: MindSpore cannot compute this network.
     """
     size = 1 if distribute is False else launched_workers()
     threads = request.threads or max(1, checked_threads(None) // size)
@@ -161,6 +162,7 @@ def launch_command(
 
     Raises:
         ConfigError: Bad input.
+        Diverged: The training diverged.
         MnasError: The training failed.
     """
     if workers < 2:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 
-from space.errors import ConfigError, MnasError
+from space.errors import ConfigError, Diverged, MnasError
 
 #: A worker that ends with an error leaves msrun so long to end the others.
 _END_LIMIT_S = 20.0
@@ -72,6 +72,7 @@ def launch(
 
     Raises:
         ConfigError: A worker refused its input, or msrun is not there.
+        Diverged: The training diverged.
         MnasError: A worker failed.
     """
     # msrun starts `python`, whichever comes first in PATH.
@@ -98,7 +99,7 @@ def launch(
         preexec_fn=functools.partial(die_with_parent, os.getpid()),
     )
     try:
-        _follow(process, logs, on_line)
+        complaint = _follow(process, logs, on_line)
     finally:
         if process.poll() is None:
             # msrun ends its workers on Ctrl-C.
@@ -108,15 +109,18 @@ def launch(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-    complaint = _complaint(logs)
+    if complaint is not None and complaint.startswith(Diverged.BEGINNING):
+        raise Diverged(complaint.removeprefix(Diverged.BEGINNING))
     if complaint is not None:
         raise ConfigError(complaint)
     if process.returncode != 0:
         raise MnasError(f"a worker failed; its output is in {logs}.")
 
 
-def _follow(process: subprocess.Popen[bytes], logs: Path, on_line: Callable[[str], None]) -> None:
-    """Pass on what the first worker prints until all have ended or one complains."""
+def _follow(
+    process: subprocess.Popen[bytes], logs: Path, on_line: Callable[[str], None]
+) -> str | None:
+    """Pass on what the first worker prints until all have ended or one complains: of what."""
     first, seen = logs / "worker_0.log", 0
     while True:
         ended = process.poll() is not None
@@ -127,8 +131,9 @@ def _follow(process: subprocess.Popen[bytes], logs: Path, on_line: Callable[[str
         for line in whole.splitlines():
             if not line.startswith(("[", _COMPLAINT)):
                 on_line(line)
-        if ended or _complaint(logs) is not None:
-            return
+        complaint = _complaint(logs)
+        if ended or complaint is not None:
+            return complaint
         time.sleep(_LOOK_INTERVAL_S)
 
 

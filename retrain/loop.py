@@ -13,7 +13,7 @@ import numpy as np
 from retrain.checkpoint import TrainState
 from retrain.evaluate import Evaluation
 from retrain.progress import TrainProgress
-from space.errors import TrialFailed
+from space.errors import Diverged, TrialFailed
 
 if TYPE_CHECKING:
     from retrain.train import Trainer
@@ -59,7 +59,8 @@ class Loop:
         """Take all steps that are left.
 
         Raises:
-            TrialFailed: The training diverged, or the deadline passed.
+            Diverged: The loss is no number.
+            TrialFailed: The deadline passed.
         """
         trainer = self._trainer
         every = trainer.recipe.checkpoints.every_steps
@@ -104,7 +105,7 @@ class Loop:
             step += 1
             value = float(self._epoch_losses[index])
             if not math.isfinite(value):
-                raise TrialFailed(f"diverged: the loss was {value} at step {step}")
+                raise Diverged(f"the loss was {value} at step {step}")
             self._epoch_losses[index] = value
         return value
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from retrain.config import PrecisionConfig
-from space.errors import TrialFailed
+from space.errors import Diverged
 
 
 class LossScale:
@@ -24,11 +24,11 @@ class LossScale:
         """Take in whether a step's gradients were finite.
 
         Raises:
-            TrialFailed: They are not even with a scale of 1.
+            Diverged: They are not even with a scale of 1.
         """
         if not finite:
             if self.value <= 1:
-                raise TrialFailed("diverged: a gradient was not finite with a loss scale of 1")
+                raise Diverged("a gradient was not finite with a loss scale of 1")
             self.value, self._good_steps = max(1.0, self.value / 2), 0
             return
         self._good_steps += 1

@@ -33,7 +33,7 @@ from retrain.optimizer import make_optimizer, set_learning_rate
 from retrain.progress import TrainProgress
 from retrain.schedule import learning_rate
 from space.architecture import Architecture
-from space.errors import ConfigError, TrialFailed
+from space.errors import ConfigError, Diverged, TrialFailed
 from space.network import MnasNet, build_network, network_weights
 from space.records import record
 
@@ -133,8 +133,8 @@ def train(
         workers: The processes that train together; None: this one alone.
 
     Raises:
-        TrialFailed: The loss became infinite or no number, the deadline passed, or MindSpore
-            cannot compute this network.
+        Diverged: The loss, a gradient or a weight became infinite or no number.
+        TrialFailed: The deadline passed, or MindSpore cannot compute this network.
         ConfigError: Network and data set do not fit.
     """
     started = time.monotonic()
@@ -411,7 +411,7 @@ class Trainer:
         """Evaluate on the validation images, with averaged weights if there are any.
 
         Raises:
-            TrialFailed: A weight or the loss is no number.
+            Diverged: A weight or the loss is no number.
         """
         weights = self._with_mean_statistics(
             network_weights(self._trained) if self._averages is None else self._averages.values()
@@ -419,16 +419,14 @@ class Trainer:
         # ReLU makes 0 of what is no number: a diverged network may still give a finite loss.
         bad = [name for name, value in weights.items() if not np.isfinite(value).all()]
         if bad:
-            raise TrialFailed(f"diverged: {bad[0]} was not finite after epoch {self.epoch}")
+            raise Diverged(f"{bad[0]} was not finite after epoch {self.epoch}")
         set_weights(self.network, weights)
         evaluation = evaluate(
             self.network, self.data, self.data.validation, self.recipe.eval_batch_size,
             self.workers,
         )  # fmt: skip
         if not math.isfinite(evaluation.loss):
-            raise TrialFailed(
-                f"diverged: the validation loss was {evaluation.loss} after epoch {self.epoch}"
-            )
+            raise Diverged(f"the validation loss was {evaluation.loss} after epoch {self.epoch}")
         return evaluation
 
     def _with_mean_statistics(self, weights: Weights) -> Weights:

@@ -13,7 +13,7 @@ from latency import cli as latency_cli
 from retrain import __main__ as room
 from retrain.convert_cli import convert
 from retrain.data_cli import app as data_app
-from space.errors import ConfigError
+from space.errors import ConfigError, MnasError
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on one line.")]
 Arch = Annotated[
@@ -297,14 +297,19 @@ def _hand_over(folder: Path, top: int | None, *, as_json: bool) -> None:
     from rich.console import Console
 
     from search.campaign import open_to_write
+    from search.engine import log_file
     from search.finalists import hand_over
     from search.parts import Parts
     from search.progress import Progress
 
-    with open_to_write(folder) as campaign, Progress(Console(stderr=True), 0, 0, None) as progress:
+    with (
+        open_to_write(folder) as campaign,
+        log_file(folder / "campaign.log"),
+        Progress(Console(stderr=True), 0, 0, None) as progress,
+    ):
         winner = hand_over(campaign, Parts(campaign.config), progress, top=top)
     if winner is None:
-        raise ConfigError(f"{folder}: no network was retrained; campaign.log says why.")
+        raise MnasError(f"{folder}: no network was retrained; campaign.log says why.")
     if as_json:
         print_json(winner)
     else:

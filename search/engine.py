@@ -152,7 +152,7 @@ def run(campaign: Campaign, parts: Parts, watcher: CampaignWatcher) -> CampaignO
     """Run an open campaign to its end: search, hand-over, report."""
     from search.report import write_report
 
-    with _log_file(campaign.folder / "campaign.log"), _terminable():
+    with log_file(campaign.folder / "campaign.log"), _terminable():
         logger.info("campaign %s in %s", campaign.config.name, campaign.folder)
         search = make_search(campaign, parts, watcher)
         stop_reason = search.run()
@@ -177,7 +177,8 @@ def run(campaign: Campaign, parts: Parts, watcher: CampaignWatcher) -> CampaignO
 
 
 @contextmanager
-def _log_file(path: Path) -> Iterator[None]:
+def log_file(path: Path) -> Iterator[None]:
+    """Add what the engine logs to a file."""
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     rooms = [logging.getLogger(room) for room in ("search", "latency", "controller", "space")]

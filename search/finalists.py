@@ -16,8 +16,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,6 +28,7 @@ from search.measuring import INT8_ACCURACY, in_int8
 from search.objective import Objective
 from search.pareto import best_networks
 from search.parts import Parts
+from search.retrain_command import SILENCE_LIMIT_S, run_retrain
 from search.store import Store
 from search.trial import Failure, Trial
 from space.errors import ConfigError, MeasurementError, TrialFailed
@@ -38,10 +37,10 @@ from space.records import dump_yaml
 
 logger = logging.getLogger(__name__)
 
-#: A command of the retrain room that says nothing for so long is taken to hang.
-SILENCE_LIMIT_S = 1800.0
+#: A finalist's weights, in its folder.
+_WEIGHTS = "model.safetensors"
 
-#: A finalist's quantized file, in its folder and, the winner's, in export/.
+#: Its quantized file, there and, the winner's, in export/.
 _INT8_FILE = "model_int8.onnx"
 
 
@@ -53,7 +52,12 @@ class LineWatcher(Protocol):
 
 
 def hand_over(
-    campaign: Campaign, parts: Parts, watcher: LineWatcher, *, top: int | None = None
+    campaign: Campaign,
+    parts: Parts,
+    watcher: LineWatcher,
+    *,
+    top: int | None = None,
+    silence_limit_s: float = SILENCE_LIMIT_S,
 ) -> dict[str, Any] | None:
     """Retrain the best networks of a campaign whose search has been run before.
 
@@ -62,6 +66,7 @@ def hand_over(
         parts: Made from its configuration.
         watcher: Is shown the trainings' progress.
         top: How many networks; None takes the configuration's.
+        silence_limit_s: A command of the retrain room that prints nothing for so long is killed.
 
     Raises:
         ConfigError: The campaign's configuration has no recipe for a full training.
@@ -73,7 +78,9 @@ def hand_over(
     if target_ms is None:
         raise ConfigError(f"{campaign.folder}: its search has not begun; nothing to retrain.")
     objective = Objective(campaign.config.objective, target_ms)
-    return HandOver(campaign, parts, objective, watcher, top=top or config.top).run()
+    return HandOver(
+        campaign, parts, objective, watcher, top=top or config.top, silence_limit_s=silence_limit_s
+    ).run()
 
 
 def candidates(store: Store, count: int) -> list[Trial]:
@@ -97,6 +104,7 @@ class HandOver:
         objective: Ranks the retrained networks.
         watcher: Is shown the trainings' progress.
         top: How many networks.
+        silence_limit_s: A command of the retrain room that prints nothing for so long is killed.
     """
 
     def __init__(
@@ -107,6 +115,7 @@ class HandOver:
         watcher: LineWatcher,
         *,
         top: int,
+        silence_limit_s: float = SILENCE_LIMIT_S,
     ) -> None:
         assert campaign.config.retrain is not None  # asked for by the caller
         self._campaign = campaign
@@ -116,6 +125,7 @@ class HandOver:
         self._objective = objective
         self._watcher = watcher
         self._top = top
+        self._silence_limit_s = silence_limit_s
 
     def run(self) -> dict[str, Any] | None:
         """Retrain, choose, test and export; return what is known of the winner.
@@ -144,7 +154,7 @@ class HandOver:
         started = time.monotonic()
         try:
             finalist = self._measured(finalist)
-            result = self._train(finalist)
+            accuracy = self._train(finalist)
             finalist = self._quantized(finalist)
         except MeasurementError as error:
             failure = Failure(f"measuring failed: {error}", error.cause)
@@ -153,7 +163,6 @@ class HandOver:
             failure = Failure(error.reason, error.cause, error.detail)
             done = replace(finalist, outcome="failed", failure=failure)
         else:
-            accuracy = float(result["validation_accuracy"])
             metrics = finalist.metrics or {}
             reward, parts = self._objective.reward(metrics.get(INT8_ACCURACY, accuracy), metrics)
             done = replace(
@@ -162,6 +171,11 @@ class HandOver:
         done = replace(
             done, finished_at=time.time(), timings={"train_s": time.monotonic() - started}
         )
+        if done.failure is not None:
+            logger.warning(
+                "full training of trial %d failed: %s; its last lines:\n%s",
+                trial.id, done.failure.reason, done.failure.detail,
+            )  # fmt: skip
         self._store.finish_trial(done)
         return done
 
@@ -196,15 +210,16 @@ class HandOver:
         metrics = {**(finalist.metrics or {}), **figures.metrics}
         return replace(finalist, metrics=metrics, measurement_ids=figures.measurement_ids)
 
-    def folder(self, trial_id: int) -> Path:
-        """Where the full training of a search trial's network is."""
-        return self._campaign.folder / "finalists" / f"trial_{trial_id}"
-
-    def _train(self, finalist: Trial) -> dict[str, Any]:
+    def _folder(self, finalist: Trial) -> Path:
+        """Where its full training is: named after the search's trial."""
         assert finalist.finalist_of is not None  # set by _new_finalist
-        folder = self.folder(finalist.finalist_of)
+        return self._campaign.folder / "finalists" / f"trial_{finalist.finalist_of}"
+
+    def _train(self, finalist: Trial) -> float:
+        """Train it, or go on where that was stopped; return its validation accuracy."""
+        folder = self._folder(finalist)
         folder.parent.mkdir(exist_ok=True)
-        recipe = folder.parent / f"trial_{finalist.finalist_of}.yaml"
+        recipe = folder.with_name(f"{folder.name}.yaml")
         write_atomically(recipe, dump_yaml(self._config.recipe).encode())
         command = [
             "train", "--config", str(recipe), "--arch", finalist.architecture,
@@ -218,43 +233,34 @@ class HandOver:
         if threads is not None:
             command += ["--threads", str(threads)]
         self._run(command)
-        result: dict[str, Any] = json.loads((folder / "result.json").read_text())
-        return result
+        result = json.loads((folder / "result.json").read_text())
+        return float(result["validation_accuracy"])
 
     def _quantized(self, finalist: Trial) -> Trial:
         """The finalist with the accuracy of its int8 file, if a device computes in int8."""
         if not in_int8(self._store, [finalist]):
             return finalist
-        assert finalist.finalist_of is not None  # set by _new_finalist
-        folder = self.folder(finalist.finalist_of)
+        folder = self._folder(finalist)
         # Whatever int8 costs: it is in the reward.
-        exported = self._last_json(
-            self._run(
-                ["export", "--ckpt_path", str(folder / "model.safetensors"), "--int8",
-                 "--max_drop", "1", "--out", str(folder / _INT8_FILE), "--overwrite", "--json"]
-            )
+        exported = self._json(
+            "export", "--ckpt_path", str(folder / _WEIGHTS), "--int8", "--max_drop", "1",
+            "--out", str(folder / _INT8_FILE), "--overwrite",
         )  # fmt: skip
         metrics = {**(finalist.metrics or {}), INT8_ACCURACY: float(exported["exported_top1"])}
         return replace(finalist, metrics=metrics)
 
     def _winner(self, finalist: Trial) -> dict[str, Any]:
         """Test once, in each precision that there is, export, and collect what a user needs."""
-        assert finalist.finalist_of is not None  # a finalist
-        folder = self.folder(finalist.finalist_of)
-        weights = folder / "model.safetensors"
-        export = self._campaign.folder / "export"
-        export.mkdir(exist_ok=True)
         known = self._store.meta("winner")
         if known is not None and known["trial"] == finalist.finalist_of:
             return dict(known)
-        tested = self._last_json(
-            self._run(["validate", "--ckpt_path", str(weights), "--split", "test", "--json"])
-        )
-        exported = self._last_json(
-            self._run(
-                ["export", "--ckpt_path", str(weights), "--out", str(export / "model.onnx"),
-                 "--overwrite", "--json"]
-            )
+        weights = self._folder(finalist) / _WEIGHTS
+        export = self._campaign.folder / "export"
+        export.mkdir(exist_ok=True)
+        tested = self._json("validate", "--ckpt_path", str(weights), "--split", "test")
+        exported = self._json(
+            "export", "--ckpt_path", str(weights), "--out", str(export / "model.onnx"),
+            "--overwrite",
         )  # fmt: skip
         write_atomically(export / "architecture.txt", (finalist.architecture + "\n").encode())
         winner = {
@@ -272,13 +278,10 @@ class HandOver:
         int8_accuracy = (finalist.metrics or {}).get(INT8_ACCURACY)
         if int8_accuracy is None:
             return winner
-        quantized = folder / _INT8_FILE
-        tested = self._last_json(
-            self._run(
-                ["validate", "--ckpt_path", str(weights), "--onnx", str(quantized),
-                 "--split", "test", "--json"]
-            )
-        )  # fmt: skip
+        quantized = self._folder(finalist) / _INT8_FILE
+        tested = self._json(
+            "validate", "--ckpt_path", str(weights), "--onnx", str(quantized), "--split", "test"
+        )
         write_atomically(export / _INT8_FILE, quantized.read_bytes())
         return winner | {
             "int8_validation_accuracy": int8_accuracy,
@@ -286,8 +289,9 @@ class HandOver:
             "onnx_int8": f"export/{_INT8_FILE}",
         }
 
-    def _last_json(self, lines: Sequence[str]) -> dict[str, Any]:
-        """The object that a command printed; a framework may have warned after it."""
+    def _json(self, *arguments: str) -> dict[str, Any]:
+        """Run a command and return the object that it printed; a framework may warn after it."""
+        lines = self._run([*arguments, "--json"])
         found: dict[str, Any] = json.loads(next(x for x in reversed(lines) if x.startswith("{")))
         return found
 
@@ -295,40 +299,6 @@ class HandOver:
         """Run a command of the retrain room to its end and return the lines that it printed.
 
         Raises:
-            TrialFailed: It ended with an error; the reason is its last line.
+            TrialFailed: It ended with an error, or it hung.
         """
-        process = subprocess.Popen(
-            [sys.executable, "-m", "retrain", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "MNAS_PARENT_PID": str(os.getpid()), "PYTHONUNBUFFERED": "1"},
-            # Its own session: Ctrl-C reaches the engine, which then ends it in order.
-            start_new_session=True,
-        )
-        lines: list[str] = []
-        try:
-            assert process.stdout is not None  # it is a pipe
-            with process.stdout:
-                for line in process.stdout:
-                    text = line.rstrip()
-                    if text:
-                        lines.append(text)
-                        self._watcher.line(text)
-            process.wait(timeout=60)
-        finally:
-            if process.poll() is None:
-                process.terminate()
-                try:
-                    process.wait(timeout=3)
-                except subprocess.TimeoutExpired:
-                    process.kill()
-                    process.wait()
-        if process.returncode != 0:
-            reason = lines[-1] if lines else "it printed nothing"
-            raise TrialFailed(
-                f"retrain {arguments[0]} ended with status {process.returncode}: {reason}",
-                cause="infrastructure",
-                detail="\n".join(lines[-50:]),
-            )
-        return lines
+        return run_retrain(arguments, self._watcher.line, silence_limit_s=self._silence_limit_s)

@@ -4,6 +4,7 @@ MnasError
 ├── ConfigError        bad input: a file, a flag, an architecture's text (exit status 2)
 ├── MeasurementError   a device gave no believable figure; recorded as a failed measurement
 └── TrialFailed        a child network gave no accuracy; recorded as a failed trial
+    └── Diverged       because its training diverged
 
 Callers' programming mistakes are plain ValueError and TypeError.
 """
@@ -55,6 +56,24 @@ class TrialFailed(MnasError):
 
     def __reduce__(self) -> tuple[object, ...]:
         return (_rebuild_trial_failed, (self.reason, self.cause, self.detail))
+
+
+class Diverged(TrialFailed):
+    """A training in which a loss, a gradient or a weight became infinite or no number.
+
+    Args:
+        sign: By which it was noticed.
+    """
+
+    #: How the reason begins; a launcher reads it in the output of its workers.
+    BEGINNING = "diverged: "
+
+    def __init__(self, sign: str) -> None:
+        super().__init__(self.BEGINNING + sign)
+        self.sign = sign
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (Diverged, (self.sign,))
 
 
 def _rebuild_trial_failed(reason: str, cause: FailureCause, detail: str) -> TrialFailed:

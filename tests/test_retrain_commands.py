@@ -314,6 +314,16 @@ def test_bad_input_ends_in_a_sentence_and_status_2(
     assert complaint.startswith("retrain: ")
 
 
+def test_a_training_that_diverges_ends_in_a_sentence_and_status_3(
+    tmp_path: Path, recipe: str
+) -> None:
+    out = tmp_path / "out"
+    command = started(recipe, out, "schedule.learning_rate=1000", "optimizer.weight_decay=1.0")
+    complaint = run(*command[3:], "optimizer.name=sgd", status=3)
+    assert complaint.strip().splitlines()[-1].startswith("retrain: diverged: ")
+    assert not (out / "result.json").exists()
+
+
 def started(recipe: str, out: Path, *more: str) -> list[str]:
     return [
         sys.executable, "-m", "retrain", "train", "--config", recipe, "--arch", TINY_TEXT, "--out",

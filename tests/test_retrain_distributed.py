@@ -16,6 +16,8 @@ import pytest
 from retrain_parts import TINY, TINY_TEXT
 
 from retrain.checkpoint import load_checkpoint
+from retrain.launch import launch
+from space.errors import Diverged
 from space.parameters import initial_parameters
 
 # 20 steps of 48 images; statistics are frozen, for each worker normalises with its own images.
@@ -115,6 +117,31 @@ def test_kill_9_of_the_command_leaves_no_worker(tmp_path: Path, recipe: str) -> 
         process.kill()
         process.wait(10)
     wait_until(lambda: not processes_of(out), 30)
+
+
+# One of two workers diverges; the other one is interrupted for it, and says so.
+MSRUN = """#!{python}
+import pathlib, sys, time
+logs = pathlib.Path(sys.argv[sys.argv.index("--log_dir") + 1])
+(logs / "worker_1.log").write_text("retrain: diverged: the loss was nan at step 3\\n")
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    (logs / "worker_0.log").write_text("retrain: stopped; go on with --resume.\\n")
+    sys.exit(1)
+"""
+
+
+def test_a_worker_that_diverges_ends_the_training_as_one_that_diverged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    msrun = tmp_path / "msrun"
+    msrun.write_text(MSRUN.format(python=sys.executable))
+    msrun.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(Diverged, match=r"^diverged: the loss was nan at step 3$"):
+        launch(2, ["train"], tmp_path / "logs", print)
+    assert "stopped" in (tmp_path / "logs" / "worker_0.log").read_text()
 
 
 def processes_of(out: Path) -> list[int]:

@@ -34,7 +34,7 @@ from retrain.loss_scale import LossScale
 from retrain.progress import TrainProgress
 from retrain.train import Trainer, train
 from space.architecture import parse_architecture
-from space.errors import ConfigError, TrialFailed
+from space.errors import ConfigError, Diverged, TrialFailed
 from space.network import build_network
 from space.parameters import initial_parameters
 from space.records import build, parse_yaml
@@ -179,7 +179,7 @@ def test_images_that_are_no_numbers_fail_the_trial(
     once = dataclasses.replace(RECIPE, epochs=1)
     monkeypatch.setattr(loop, "train_batches", broken)
     with pytest.raises(
-        TrialFailed, match=r"diverged: stem\.\S+ was not finite after epoch 1"
+        Diverged, match=r"diverged: stem\.\S+ was not finite after epoch 1"
     ) as caught:
         train(TINY, once, seed=0, threads=1)
     assert caught.value.cause == "architecture"
@@ -192,7 +192,7 @@ def test_a_loss_that_is_no_number_fails_the_trial_and_names_the_step(
         return np.full(shape, np.nan if step == 2 else 1, np.float32)
 
     monkeypatch.setattr(loop, "dropout_mask", broken)
-    with pytest.raises(TrialFailed, match="diverged: the loss was nan at step 3"):
+    with pytest.raises(Diverged, match="diverged: the loss was nan at step 3"):
         train(TINY, RECIPE, seed=0, threads=1)
 
 
@@ -289,7 +289,7 @@ def test_a_dynamic_loss_scale_halves_doubles_and_gives_up_at_one() -> None:
         scale.update(finite=finite)
         seen.append(scale.value)
     assert seen == [4, 8, 8, 4, 4, 8, 4, 2, 1]
-    with pytest.raises(TrialFailed, match="not finite with a loss scale of 1"):
+    with pytest.raises(Diverged, match="not finite with a loss scale of 1"):
         scale.update(finite=False)
 
 

@@ -1,0 +1,159 @@
+"""How a finalist's full training ends: whose fault a failure is, and what resume makes of it."""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from campaigns import write_synthetic
+
+from retrain.__main__ import EXIT_DIVERGED, EXIT_ERROR
+from search.campaign import open_to_write
+from search.cli_parts import retrain
+from search.config import load_campaign_config
+from search.engine import Silent, resume, start
+from search.finalists import hand_over
+from search.parts import Parts
+from search.retrain_command import run_retrain
+from search.store import Store
+from search.trial import Failure
+from space.errors import Diverged, MnasError, TrialFailed
+
+# The retrain room's command line as far as a training that fails: it is counted, speaks and ends.
+ROOM = """
+import pathlib, sys
+with pathlib.Path("started").open("a") as file:
+    print(sys.argv[1], file=file)
+print("{sentence}")
+sys.exit({status})
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder, in which `python -m retrain` looks first."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "retrain").mkdir()
+    (tmp_path / "retrain" / "__init__.py").touch()
+    return tmp_path
+
+
+def run_room(folder: Path, sentence: str, status: int) -> None:
+    code = ROOM.format(sentence=sentence, status=status)
+    (folder / "retrain" / "__main__.py").write_text(code)
+
+
+def start_campaign(folder: Path) -> None:
+    """A campaign of one trial, which is handed over."""
+    path = write_synthetic(folder, trials=1, fail_share=0.0)
+    start(load_campaign_config(str(path), ["retrain={top: 1, recipe: digits}"]), folder / "run")
+
+
+def failures(folder: Path) -> list[Failure]:
+    """Of all finalists, in the order in which they were made."""
+    store = Store(folder / "run" / "campaign.db", read_only=True)
+    finalists = store.trials(role="finalist")
+    store.close()
+    return [f.failure for f in sorted(finalists, key=lambda f: -f.id) if f.failure is not None]
+
+
+def test_a_finalist_that_diverged_is_recorded_as_such_and_not_trained_again(folder: Path) -> None:
+    run_room(folder, "retrain: diverged: the loss was nan at step 3", EXIT_DIVERGED)
+    start_campaign(folder)
+    assert resume(folder / "run").winner is None
+    assert (folder / "started").read_text().split() == ["train"]
+    (failure,) = failures(folder)
+    assert failure.cause == "architecture"
+    assert failure.reason.endswith("status 3: retrain: diverged: the loss was nan at step 3")
+
+
+def test_the_campaigns_log_says_why_no_network_was_retrained(folder: Path) -> None:
+    run_room(folder, "retrain: MindSpore failed: no device is free", EXIT_ERROR)
+    start_campaign(folder)
+    run_room(folder, "retrain: diverged: the loss was nan at step 3", EXIT_DIVERGED)
+    with pytest.raises(MnasError, match=r"no network was retrained; campaign\.log says why"):
+        retrain(campaign=folder / "run")
+    log = (folder / "run" / "campaign.log").read_text()
+    said = [line for line in log.splitlines() if "full training of trial 0 failed" in line]
+    assert len(said) == 2
+    assert "no device is free" in said[0]
+    assert "diverged: the loss was nan at step 3" in said[1]
+
+
+def test_a_finalist_whose_training_failed_otherwise_is_trained_again(folder: Path) -> None:
+    run_room(folder, "retrain: MindSpore failed: no device is free", EXIT_ERROR)
+    start_campaign(folder)
+    resume(folder / "run")
+    assert (folder / "started").read_text().split() == ["train", "train"]
+    assert [failure.cause for failure in failures(folder)] == ["infrastructure"] * 2
+
+
+# A training that hangs, deaf to SIGTERM, with a process that it has started and that hangs, too.
+HANGING = """
+import pathlib, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+pathlib.Path("child").write_text(str(child.pid))
+print("epoch 1/16")
+time.sleep(600)
+"""
+
+
+def test_a_finalist_that_hung_is_killed_with_what_it_started_and_trained_again(
+    folder: Path,
+) -> None:
+    run_room(folder, "retrain: MindSpore failed: no device is free", EXIT_ERROR)
+    start_campaign(folder)
+    (folder / "retrain" / "__main__.py").write_text(HANGING)
+    with open_to_write(folder / "run") as campaign:
+        winner = hand_over(campaign, Parts(campaign.config), Silent(), silence_limit_s=5.0)
+    assert winner is None
+    wait_until_ended(int((folder / "child").read_text()))
+    hung = failures(folder)[-1]
+    assert hung.cause == "infrastructure"
+    assert hung.reason == "retrain train hung: it printed nothing for 5 s and was killed"
+    assert hung.detail == "epoch 1/16"
+    run_room(folder, "retrain: diverged: the loss was nan at step 3", EXIT_DIVERGED)
+    resume(folder / "run")
+    assert [f.cause for f in failures(folder)][1:] == ["infrastructure", "architecture"]
+
+
+def wait_until_ended(process: int) -> None:
+    """Wait for the end of a process that is nobody's child any more; it may stay a zombie."""
+    deadline = time.monotonic() + 20
+    with contextlib.suppress(psutil.NoSuchProcess):
+        while psutil.Process(process).status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline, "it lives"
+            time.sleep(0.05)
+
+
+def test_a_training_that_prints_now_and_then_is_not_taken_to_hang(folder: Path) -> None:
+    # A bar without a line's end is a sign of life.
+    code = "import time\nfor _ in range(14):\n    time.sleep(0.5)\n    print('.', end='')\nprint()"
+    (folder / "retrain" / "__main__.py").write_text(code)
+    assert run_retrain(["train"], print, silence_limit_s=5.0) == ["." * 14]
+
+
+def test_what_a_finished_training_leaves_behind_is_not_waited_for(folder: Path) -> None:
+    code = "import subprocess\nprint('done', flush=True)\nsubprocess.Popen(['sleep', '600'])"
+    (folder / "retrain" / "__main__.py").write_text(code)
+    assert run_retrain(["train"], print, silence_limit_s=100.0) == ["done"]
+
+
+@pytest.mark.parametrize("count", [0, 3])
+def test_a_training_is_told_by_its_last_lines(folder: Path, count: int) -> None:
+    run_room(folder, "a line\\n" * count + "\\n", EXIT_ERROR)
+    with pytest.raises(TrialFailed, match="ended with status 1: ") as e:
+        run_retrain(["export"], print)
+    assert e.value.detail == "\n".join(["a line"] * count)
+
+
+def test_a_divergence_comes_whole_from_another_process() -> None:
+    error = pickle.loads(pickle.dumps(Diverged("the loss was nan at step 3")))
+    assert type(error) is Diverged
+    assert (error.reason, error.cause) == ("diverged: the loss was nan at step 3", "architecture")
