@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from search import campaign as folders
 from search.async_loop import make_search
 from search.campaign import Campaign
+from search.campaign_log import campaign_logs
 from search.config import CampaignConfig
 from search.finalists import LineWatcher, hand_over
 from search.loop import Watcher
@@ -152,7 +153,7 @@ def run(campaign: Campaign, parts: Parts, watcher: CampaignWatcher) -> CampaignO
     """Run an open campaign to its end: search, hand-over, report."""
     from search.report import write_report
 
-    with _log_file(campaign.folder / "campaign.log"), _terminable():
+    with campaign_logs(campaign.folder, watcher.note), _terminable():
         logger.info("campaign %s in %s", campaign.config.name, campaign.folder)
         search = make_search(campaign, parts, watcher)
         stop_reason = search.run()
@@ -174,23 +175,6 @@ def run(campaign: Campaign, parts: Parts, watcher: CampaignWatcher) -> CampaignO
             winner=winner,
             report=str(report),
         )
-
-
-@contextmanager
-def _log_file(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    rooms = [logging.getLogger(room) for room in ("search", "latency", "controller", "space")]
-    for room in rooms:
-        room.addHandler(handler)
-        room.setLevel(logging.INFO)
-        room.propagate = False
-    try:
-        yield
-    finally:
-        for room in rooms:
-            room.removeHandler(handler)
-        handler.close()
 
 
 @contextmanager

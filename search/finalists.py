@@ -14,7 +14,6 @@ of the int8 accuracy: a network is chosen for what it does on the device.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from search.campaign import Campaign
+from search.campaign_log import tell_end
 from search.loop import FULL_TRAINING, is_infrastructure, trial_seed
 from search.measuring import INT8_ACCURACY, in_int8
 from search.objective import Objective
@@ -35,8 +35,6 @@ from search.trial import Failure, Trial
 from space.errors import ConfigError, MeasurementError, TrialFailed
 from space.files import write_atomically
 from space.records import dump_yaml
-
-logger = logging.getLogger(__name__)
 
 #: A command of the retrain room that says nothing for so long is taken to hang.
 SILENCE_LIMIT_S = 1800.0
@@ -163,6 +161,7 @@ class HandOver:
             done, finished_at=time.time(), timings={"train_s": time.monotonic() - started}
         )
         self._store.finish_trial(done)
+        tell_end(done)
         return done
 
     def _new_finalist(self, trial: Trial) -> Trial:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from search.campaign_log import about
 from search.evaluation import Evaluation, Evaluator, make_evaluator
 from search.executor import Executor, Finished, Job, Stopped, ended, run_job
 from search.ray_cluster import connect, gist
@@ -479,6 +480,7 @@ class RayExecutor(Executor):
                 running.waiting.job.trial_id,
                 reason,
                 pause,
+                extra=about(running.waiting.job.trial_id),
             )
             self._queue.appendleft(running.waiting)
             return []

@@ -176,6 +176,9 @@ def test_children_that_hang_or_crash_their_worker_are_failed_trials(tmp_path: Pa
             assert trial.outcome == "completed"
             assert trial.attempt == 2
     assert {int(t.architecture_hash, 16) % 8 for t in trials} >= {0, 1, 3}
+    log = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    retried = {line["trial"] for line in log if "is tried again" in line["message"]}
+    assert retried == {t.id for t in trials if t.attempt == 2 and t.reused_from is None}
 
 
 def test_a_process_that_cannot_start_ray_says_so(tmp_path: Path) -> None:
