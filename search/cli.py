@@ -142,9 +142,11 @@ def _run(
             with ExitStack() as stack:
                 watcher: CampaignWatcher = stack.enter_context(progress)
                 if tensorboard:
+                    from search.check import num_workers
                     from search.tensorboard import TensorBoard
 
-                    watcher = TensorBoard(watcher, folder / "tensorboard")
+                    workers = num_workers(campaign.config)
+                    watcher = TensorBoard(watcher, folder / "tensorboard", workers)
                     stack.enter_context(closing(watcher))
                 if client is not None:
                     from search.tracking import MlflowTracking
