@@ -106,7 +106,7 @@ def register(app: typer.Typer, free_folder: Callable[[Path], Path]) -> None:
         findings = look(wanted, folder)
         planned = plan(wanted, folder, findings)
         console = Console(stderr=as_json)
-        show_lines(console, [*plan_lines(planned), *finding_lines(findings)])
+        show_lines(console, [*plan_lines(planned, wanted), *finding_lines(findings)])
         with console.status("trying networks"):
             report = check(wanted, planned, findings, options)
         if as_json:

@@ -121,7 +121,8 @@ def _run(
     from rich.console import Console
 
     from search.engine import run
-    from search.parts import Parts, describe
+    from search.launch_text import describe
+    from search.parts import Parts
     from search.progress import Progress
 
     console = Console(stderr=as_json)
