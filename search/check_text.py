@@ -39,7 +39,10 @@ def show(console: Console, report: Report) -> None:
 def plan_lines(plan: Plan, config: CampaignConfig) -> list[tuple[str, str]]:
     """Return (label, text) lines of a plan and its configuration."""
     epochs = "" if plan.epochs is None else f", {plan.epochs:g} epochs"
-    database, free = plan.database_bytes / 2**20, plan.free_bytes / 2**30
+    free, database, finalists = (
+        size / 2**20 for size in (plan.free_bytes, plan.database_bytes, plan.finalists_bytes)
+    )
+    kept = f", finalists at most {finalists:,.0f} MiB" if plan.finalists_bytes else ""
     return [
         ("space", f"{plan.space}: 10^{plan.size_log10:.1f} token vectors"),
         ("decisions", f"{plan.decisions}"),
@@ -47,7 +50,11 @@ def plan_lines(plan: Plan, config: CampaignConfig) -> list[tuple[str, str]]:
         ("evaluator", f"{plan.evaluator}{epochs}"),
         *launch_lines(config),
         ("objective", f"{plan.objective}, target {plan.target}"),
-        ("folder", f"{plan.folder}: {free:.1f} GiB free, campaign.db about {database:.1f} MiB"),
+        (
+            "folder",
+            f"{plan.folder}: {free / 2**10:.1f} GiB free, campaign.db about {database:.1f} MiB"
+            + kept,
+        ),
     ]
 
 
@@ -116,7 +123,9 @@ def estimate_lines(estimate: Estimate) -> list[tuple[str, str]]:
     ]
     if estimate.accelerator_hours:
         lines.append(("NPUs", f"{estimate.accelerator_hours:,.0f} accelerator hours"))
-    if estimate.price is not None:
+    if estimate.price is None:
+        lines.append(("money", f"{UNKNOWN}: --price P, of a worker hour, gives it"))
+    else:
         money = UNKNOWN if estimate.money is None else f"{estimate.money:,.2f}"
         lines.append(("money", f"{money}, at {estimate.price:g} a worker hour (stated)"))
     return lines
