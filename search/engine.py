@@ -179,7 +179,7 @@ def run(campaign: Campaign, parts: Parts, watcher: CampaignWatcher) -> CampaignO
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends a campaign the way Ctrl-C does."""
+    """SIGTERM and SIGHUP, of a terminal that closes, end a campaign the way Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -187,8 +187,14 @@ def _terminable() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        # What `nohup` ignores stays ignored.
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            if handler is not None:  # not Python's own: it cannot be put back
+                signal.signal(number, handler)
