@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import sqlite3
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from campaigns import mnas, start_mnas, wait_for_results, write_synthetic
 
+from search import cli
+from search.async_loop import make_search
+from search.campaign import create
 from search.compare import compare
 from search.config import load_campaign_config
-from search.engine import start
+from search.engine import Silent, start
+from search.parts import Parts
 from space.errors import ConfigError
 
 
@@ -63,3 +70,32 @@ def test_a_watched_campaign_is_shown_until_it_ends(tmp_path: Path) -> None:
         process.communicate(timeout=60)
     assert done.returncode == 0, done.stderr
     assert "60 of 60" in done.stdout
+
+
+class LooksAgain(Exception):
+    """Ends a watch where it would wait for its next look."""
+
+
+def test_a_watch_holds_nothing_that_lets_the_write_ahead_file_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_campaign_config(str(write_synthetic(tmp_path, trials=16)))
+    log = tmp_path / "run" / "campaign.db-wal"
+    found = []
+
+    def fold_in(seconds: float) -> None:
+        campaign.store.add_event("test", "something to fold in")
+        with closing(sqlite3.connect(tmp_path / "run" / "campaign.db")) as other:
+            # A reader in a transaction makes it busy, and the file stays as long as it is.
+            (busy, _, _) = other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        found.append((busy, log.stat().st_size))
+        raise LooksAgain
+
+    monkeypatch.setattr(time, "sleep", fold_in)
+    with create(tmp_path / "run", config) as campaign:
+        make_search(campaign, Parts(config), Silent()).run()
+        before = log.stat().st_size
+        with pytest.raises(LooksAgain):
+            cli.status_command(tmp_path / "run", watch=True)
+    assert before > 0
+    assert found == [(0, 0)]
