@@ -1,13 +1,14 @@
 """What the engine itself costs: trials per second, memory, database, with an instant evaluator.
 
     python benchmarks/engine.py [--trials 20000] [--ray-trials 2000] [--use-trials 160]
-    python benchmarks/engine.py --trials 0 --ray-trials 0 --use-trials 0 --children 0
+    python benchmarks/engine.py --trials 0 --ray-trials 0 --use-trials 0 --children 0 --rows 0
 
 Every trial is committed on its own. Serial: the whole campaign in this process, the random
 controller. Ray: the same through Ray workers, beside bare Ray: actor calls of the same function at
 the same concurrency that record nothing, the two taking turns in one run. Children: real trainings
-by one worker and by two, free to roam and kept to a core each. Rows: what a large campaign's
-reader waits for; its rows are copies of a small campaign's, with rewards of their own.
+by one worker and by two, free to roam and kept to a core each. Watched: how large the write-ahead
+file grows while `mnas status --watch` reads. Rows: what a large campaign's reader waits for; its
+rows are copies of a small campaign's, with rewards of their own.
 """
 
 from __future__ import annotations
@@ -326,6 +327,41 @@ def _copy_rows(database: Path, rows: int) -> None:
     db.close()
 
 
+class LargestLog(Silent):
+    """Notes the largest size of a database's write-ahead file."""
+
+    def __init__(self, database: Path) -> None:
+        self.log = database.with_name(f"{database.name}-wal")
+        self.size = 0
+
+    def trial(self, trial: Trial) -> None:
+        """Look at it."""
+        self.size = max(self.size, self.log.stat().st_size)
+
+
+def watched_campaign(trials: int) -> None:
+    """Print how large the write-ahead file grows while `mnas status --watch` reads."""
+    # Slow enough that the reader looks many times.
+    made = config(trials, {"name": "serial"}, evaluator={"seconds": 0.01})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "campaign"
+        with folders.create(path, made) as campaign:
+            reader = subprocess.Popen(
+                [sys.executable, "-m", "search", "status", str(path), "--watch"],
+                stdout=subprocess.DEVNULL,
+            )  # fmt: skip
+            log = LargestLog(path / "campaign.db")
+            started = time.perf_counter()
+            make_search(campaign, Parts(made), log).run()
+            seconds = time.perf_counter() - started
+            if reader.poll() is not None:
+                raise RuntimeError("the reader ended before the campaign")
+        reader.wait(timeout=60)
+        print(f"watched: {trials:,} trials in {seconds:.1f} s, `mnas status --watch` beside them")
+        print(f"  {log.size / 2**20:8.2f} MiB campaign.db-wal, the largest seen")
+        print(f"  {(path / 'campaign.db').stat().st_size / 2**20:8.2f} MiB campaign.db in the end")
+
+
 def main() -> None:
     """Print all figures."""
     parser = argparse.ArgumentParser(description="What the engine itself costs.")
@@ -335,6 +371,7 @@ def main() -> None:
     parser.add_argument("--children", type=int, default=8, help="real ones; 0 leaves them out")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--watched-trials", type=int, default=2000)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
     if args.trials:
@@ -345,6 +382,8 @@ def main() -> None:
         through_ray(args.ray_trials, args.workers, args.rounds)
     if args.children:
         real_children(args.children, args.rounds)
+    if args.watched_trials:
+        watched_campaign(args.watched_trials)
     if args.rows:
         large_campaign(args.rows)
 

@@ -3,6 +3,7 @@
     config.yaml      the resolved configuration
     campaign.db      every trial, measurement and update
     campaign.log     what happened, with times and trial ids
+    log.jsonl        the same for programs
     finalists/       one folder for each network that was fully retrained
     export/          the winner: architecture, weights, ONNX
     report.html      made from the database at the end, or by `mnas report`

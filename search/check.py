@@ -30,13 +30,17 @@ from search.config import (
     TrainEvaluatorConfig,
 )
 from search.evaluation import make_evaluator
-from search.parts import Parts
+from search.extremes import extreme_network
+from search.parts import Parts, campaign_space
+from space.cost import count
 from space.errors import ConfigError
 from space.records import record
 
 #: What a trial and a measurement take in campaign.db, in bytes: seen in a campaign of 2,000 trials
 #: in the paper's space, and with a host's measurements of 2,300 bytes and their rows and indexes.
 TRIAL_BYTES, MEASUREMENT_BYTES = 1150, 3000
+#: The state of a training beside its weights: two values of the optimizer and an average of each.
+STATE_COPIES = 4
 
 Source = Literal["stated", "measured"]
 
@@ -56,6 +60,8 @@ class Plan:
         folder: Where `mnas search` would write.
         free_bytes: Of the disk there.
         database_bytes: Of campaign.db in the end, an estimate.
+        finalists_bytes: Of the finalists' weights, the state of the one that trains and the ONNX
+            file, were they all the space's largest network.
     """
 
     name: str
@@ -77,6 +83,7 @@ class Plan:
     folder: str
     free_bytes: int
     database_bytes: int
+    finalists_bytes: int
 
 
 @record
@@ -118,7 +125,7 @@ class Estimate:
 def look(config: CampaignConfig, folder: Path) -> list[Finding]:
     """Return what is here for a campaign; what `lacks` cannot be had. Nothing is measured."""
     there, free = _disk(folder)
-    size = _database_bytes(config)
+    size = _database_bytes(config) + _finalists_bytes(config)
     state: State = "ok" if size < free else "lacks"
     return [
         *_data(config),
@@ -160,6 +167,7 @@ def plan(config: CampaignConfig, folder: Path, findings: Sequence[Finding]) -> P
         folder=str(folder),
         free_bytes=_disk(folder)[1],
         database_bytes=_database_bytes(config),
+        finalists_bytes=_finalists_bytes(config),
     )
 
 
@@ -183,6 +191,16 @@ def _disk(folder: Path) -> tuple[Path, int]:
 
 def _database_bytes(config: CampaignConfig) -> int:
     return config.stop.trials * (TRIAL_BYTES + MEASUREMENT_BYTES * len(config.devices))
+
+
+def _finalists_bytes(config: CampaignConfig) -> int:
+    if config.retrain is None:
+        return 0
+    kept = config.retrain.recipe.checkpoints
+    files = 1 + kept.keep_best + kept.keep_last
+    largest = count(extreme_network(campaign_space(config), 1))
+    weights = 4 * largest.parameters_with_statistics
+    return weights * (config.retrain.top * files + STATE_COPIES + 1)
 
 
 def lacks(findings: Sequence[Finding], name: str) -> bool:

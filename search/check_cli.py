@@ -45,8 +45,13 @@ def register(app: typer.Typer, free_folder: Callable[[Path], Path]) -> None:
             int, typer.Option(min=2, help="Optimizer steps of each network tried.")
         ] = 8,
         repeats: Annotated[
-            int, typer.Option(min=0, help="Train one network fully with so many seeds.")
-        ] = 0,
+            int | None,
+            typer.Option(
+                min=0,
+                help="Train one network fully with so many seeds [3, if that takes no longer than"
+                " ten minutes; with --rank 0].",
+            ),
+        ] = None,
         seconds_per_child: Annotated[
             float | None,
             typer.Option(
@@ -99,14 +104,14 @@ def register(app: typer.Typer, free_folder: Callable[[Path], Path]) -> None:
                     "--rank: goes with --steps and --repeats, but not with --plan, --price or"
                     " seconds that are stated; leave them out."
                 )
-            _rank(wanted, number, out, steps, repeats, as_json=as_json)
+            _rank(wanted, number, out, steps, repeats or 0, as_json=as_json)
             return
         check_warm_start(wanted)
         folder = free_folder(Path("runs") / wanted.name) if out is None else out
         findings = look(wanted, folder)
         planned = plan(wanted, folder, findings)
         console = Console(stderr=as_json)
-        show_lines(console, [*plan_lines(planned), *finding_lines(findings)])
+        show_lines(console, [*plan_lines(planned, wanted), *finding_lines(findings)])
         with console.status("trying networks"):
             report = check(wanted, planned, findings, options)
         if as_json:

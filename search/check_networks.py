@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,8 +25,10 @@ from search.check import (
 )
 from search.check_brief import Brief, evaluate_brief
 from search.config import CampaignConfig, RayConfig
+from search.extremes import extreme_network
 from search.loop import stream, trial_seed
 from search.objective import LATENCY
+from search.progress import format_duration
 from space.architecture import Architecture
 from space.cost import count
 from space.errors import MeasurementError
@@ -37,7 +40,11 @@ from space.tokens import uniform_tokens
 CHECK = 4
 RANDOM_NETWORKS = 3
 #: What only the networks tried tell of a machine.
-LATER = ("networks", "memory")
+LATER = ("networks", "memory", "noise")
+#: The seeds of a check that is not told how many, and how long all its whole trainings may take,
+#: by the extremes' times: the noise of an hours long training is not what a check should begin.
+DEFAULT_REPEATS, NOISE_LIMIT_S = 3, 600.0
+_WHOLE_TRAININGS = RANDOM_NETWORKS + DEFAULT_REPEATS - 1
 
 
 @record
@@ -93,7 +100,8 @@ class CheckOptions:
         plan_only: Try no network.
         steps: Optimizer steps of a training that is tried, 2 at least.
         repeats: Seeds of the first random network; above 1 all the random networks are trained in
-            full, since a few steps say nothing of accuracy.
+            full, since a few steps say nothing of accuracy. None: three, if that takes no longer
+            than ten minutes.
         seconds_per_child: Of a network's evaluation on one worker: then none is evaluated.
         seconds_per_measurement: On one device: then nothing is measured.
         price: Of a worker hour, in any currency.
@@ -101,7 +109,7 @@ class CheckOptions:
 
     plan_only: bool = False
     steps: int = 8
-    repeats: int = 0
+    repeats: int | None = None
     seconds_per_child: float | None = None
     seconds_per_measurement: float | None = None
     price: float | None = None
@@ -142,7 +150,7 @@ def check(
     child_s, measurement_s = mean_times(found)
     return Report(
         plan=plan,
-        findings=(*findings, *findings_of(config, found)),
+        findings=(*findings, *findings_of(config, found), *_no_noise(options, found)),
         networks=tuple(found),
         noise=noise,
         estimate=estimate(
@@ -183,21 +191,51 @@ def try_networks(
         return
     tried = networks(parts.space, config.seed)
     accuracies: list[float | None] = []
+    extremes: list[Member] = []
+    repeats = 0
     for index, (role, network) in enumerate(tried):
-        brief, whole = None, options.repeats > 1 and role == "random"
+        brief = None
+        if role == "random":
+            repeats = _repeats(options, extremes)
         if evaluate:
             seed = trial_seed(config.seed, index, CHECK)
-            brief = evaluate_brief(config, network, seed, None if whole else options.steps)
-            if whole:
+            brief = evaluate_brief(config, network, seed, None if repeats else options.steps)
+            if repeats:
                 accuracies.append(brief.accuracy)
-        yield _member(role, network, brief, meters, evaluator_times=not config.devices)
+        member = _member(role, network, brief, meters, evaluator_times=not config.devices)
+        extremes += [] if role == "random" else [member]
+        yield member
     if accuracies and accuracies[0] is not None:
         network = tried[-RANDOM_NETWORKS][1]
-        seeds = (
-            trial_seed(config.seed, len(tried) + n, CHECK) for n in range(options.repeats - 1)
-        )
+        seeds = (trial_seed(config.seed, len(tried) + n, CHECK) for n in range(repeats - 1))
         others = [evaluate_brief(config, network, seed, None).accuracy for seed in seeds]
         yield _noise([accuracies[0], *others], accuracies)
+
+
+def _repeats(options: CheckOptions, extremes: Sequence[Member]) -> int:
+    """How many seeds: as asked for, or the default if there is the time."""
+    if options.repeats is not None:
+        return options.repeats
+    seconds = _noise_s(extremes)
+    return DEFAULT_REPEATS if seconds is not None and seconds <= NOISE_LIMIT_S else 0
+
+
+def _noise_s(members: Sequence[Member]) -> float | None:
+    """Seconds of the default's whole trainings, by the extremes' times."""
+    times = [m.child_s for m in members if m.role != "random" and m.child_s is not None]
+    # Their geometric mean: sizes are orders apart, and a random network's is in the middle.
+    return _WHOLE_TRAININGS * math.prod(times) ** (1 / len(times)) if times else None
+
+
+def _no_noise(options: CheckOptions, members: Sequence[Member]) -> Iterator[Finding]:
+    """Yield why the noise is not known, where it was left out for want of time."""
+    seconds = _noise_s(members)
+    if options.repeats is None and seconds is not None and seconds > NOISE_LIMIT_S:
+        text = (
+            f"the proxy accuracy's takes {_WHOLE_TRAININGS} whole trainings, about"
+            f" {format_duration(seconds)}; --repeats {DEFAULT_REPEATS} does them"
+        )
+        yield Finding("noise", "unknown", text)
 
 
 def _noise(seeds: Sequence[float | None], networks: Sequence[float | None]) -> Noise:
@@ -220,24 +258,6 @@ def networks(space: SearchSpace, seed: int) -> list[tuple[str, Architecture]]:
         ("largest", extreme_network(space, 1)),
         *(("random", network) for network in drawn),
     ]
-
-
-def extreme_network(space: SearchSpace, sign: int) -> Architecture:
-    """Return the network than which none one decision away has more (-1: fewer) multiply-adds."""
-    tokens = [0] * len(space.num_choices)
-
-    def size(index: int, choice: int) -> int:
-        return sign * count(space.decode([*tokens[:index], choice, *tokens[index + 1 :]])).macs
-
-    changed = True
-    while changed:
-        changed = False
-        for index, choices in enumerate(space.num_choices):
-            sizes = [size(index, choice) for choice in range(choices)]
-            if max(sizes) > sizes[tokens[index]]:
-                tokens[index] = sizes.index(max(sizes))
-                changed = True
-    return space.decode(tokens)
 
 
 def _member(

@@ -26,7 +26,6 @@ import numpy as np
 from search.accel_nasbench import AccelNasBenchConfig
 from search.check import can_evaluate, lacks, look, parts_here
 from search.check_brief import Brief, evaluate_brief, train_fully
-from search.check_networks import extreme_network
 from search.check_tau import accuracy_noise, interval, kendall_tau, tau_of_noise
 from search.config import (
     CampaignConfig,
@@ -37,6 +36,7 @@ from search.config import (
     differences,
     may_change,
 )
+from search.extremes import extreme_network
 from search.loop import stream, trial_seed
 from space.architecture import Architecture
 from space.cost import Cost, count

@@ -12,6 +12,7 @@ from search.check import Estimate, Plan
 from search.check_networks import LATER, Member, Noise, Report
 from search.check_rank import MIN_NETWORKS, Ranking, RankReport, Task, Training
 from search.config import CampaignConfig, TrainEvaluatorConfig
+from search.launch_text import launch_lines
 from search.progress import format_duration
 from search.tables import plain_table
 from space.cost import count
@@ -35,23 +36,25 @@ def show(console: Console, report: Report) -> None:
     show_lines(console, [*failed, *finding_lines(later), *noise, *estimate_lines(report.estimate)])
 
 
-def plan_lines(plan: Plan) -> list[tuple[str, str]]:
-    """Return (label, text) lines of a plan."""
+def plan_lines(plan: Plan, config: CampaignConfig) -> list[tuple[str, str]]:
+    """Return (label, text) lines of a plan and its configuration."""
     epochs = "" if plan.epochs is None else f", {plan.epochs:g} epochs"
-    workers = "as many as there is room for" if plan.workers is None else plan.workers
-    each = "all CPUs" if plan.cpus is None else f"{plan.cpus} CPUs"
-    npus = f" and {plan.npus} NPU" if plan.npus else ""
-    database, free = plan.database_bytes / 2**20, plan.free_bytes / 2**30
+    free, database, finalists = (
+        size / 2**20 for size in (plan.free_bytes, plan.database_bytes, plan.finalists_bytes)
+    )
+    kept = f", finalists at most {finalists:,.0f} MiB" if plan.finalists_bytes else ""
     return [
         ("space", f"{plan.space}: 10^{plan.size_log10:.1f} token vectors"),
         ("decisions", f"{plan.decisions}"),
         ("controller", plan.controller),
         ("evaluator", f"{plan.evaluator}{epochs}"),
-        ("workers", f"{workers}, each {each}{npus}"),
-        ("devices", ", ".join(plan.devices) or "none: the evaluator gives the latency"),
-        ("trials", f"{plan.trials:,}, {plan.mode}, in batches of {plan.batch_size}"),
+        *launch_lines(config),
         ("objective", f"{plan.objective}, target {plan.target}"),
-        ("folder", f"{plan.folder}: {free:.1f} GiB free, campaign.db about {database:.1f} MiB"),
+        (
+            "folder",
+            f"{plan.folder}: {free / 2**10:.1f} GiB free, campaign.db about {database:.1f} MiB"
+            + kept,
+        ),
     ]
 
 
@@ -120,7 +123,9 @@ def estimate_lines(estimate: Estimate) -> list[tuple[str, str]]:
     ]
     if estimate.accelerator_hours:
         lines.append(("NPUs", f"{estimate.accelerator_hours:,.0f} accelerator hours"))
-    if estimate.price is not None:
+    if estimate.price is None:
+        lines.append(("money", f"{UNKNOWN}: --price P, of a worker hour, gives it"))
+    else:
         money = UNKNOWN if estimate.money is None else f"{estimate.money:,.2f}"
         lines.append(("money", f"{money}, at {estimate.price:g} a worker hour (stated)"))
     return lines

@@ -121,7 +121,8 @@ def _run(
     from rich.console import Console
 
     from search.engine import run
-    from search.parts import Parts, describe
+    from search.launch_text import describe
+    from search.parts import Parts
     from search.progress import Progress
 
     console = Console(stderr=as_json)
@@ -142,9 +143,11 @@ def _run(
             with ExitStack() as stack:
                 watcher: CampaignWatcher = stack.enter_context(progress)
                 if tensorboard:
+                    from search.check import num_workers
                     from search.tensorboard import TensorBoard
 
-                    watcher = TensorBoard(watcher, folder / "tensorboard")
+                    workers = num_workers(campaign.config)
+                    watcher = TensorBoard(watcher, folder / "tensorboard", workers)
                     stack.enter_context(closing(watcher))
                 if client is not None:
                     from search.tracking import MlflowTracking

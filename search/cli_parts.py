@@ -297,15 +297,15 @@ def _hand_over(folder: Path, top: int | None, *, as_json: bool) -> None:
     from rich.console import Console
 
     from search.campaign import open_to_write
-    from search.engine import log_file
+    from search.campaign_log import campaign_logs
     from search.finalists import hand_over
     from search.parts import Parts
     from search.progress import Progress
 
     with (
         open_to_write(folder) as campaign,
-        log_file(folder / "campaign.log"),
         Progress(Console(stderr=True), 0, 0, None) as progress,
+        campaign_logs(folder, progress.note),
     ):
         winner = hand_over(campaign, Parts(campaign.config), progress, top=top)
     if winner is None:

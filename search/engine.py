@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from search import campaign as folders
 from search.async_loop import make_search
 from search.campaign import Campaign
+from search.campaign_log import campaign_logs
 from search.config import CampaignConfig
 from search.finalists import LineWatcher, hand_over
 from search.loop import Watcher
@@ -152,7 +153,7 @@ def run(campaign: Campaign, parts: Parts, watcher: CampaignWatcher) -> CampaignO
     """Run an open campaign to its end: search, hand-over, report."""
     from search.report import write_report
 
-    with log_file(campaign.folder / "campaign.log"), _terminable():
+    with campaign_logs(campaign.folder, watcher.note), _terminable():
         logger.info("campaign %s in %s", campaign.config.name, campaign.folder)
         search = make_search(campaign, parts, watcher)
         stop_reason = search.run()
@@ -177,26 +178,8 @@ def run(campaign: Campaign, parts: Parts, watcher: CampaignWatcher) -> CampaignO
 
 
 @contextmanager
-def log_file(path: Path) -> Iterator[None]:
-    """Add what the engine logs to a file."""
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    rooms = [logging.getLogger(room) for room in ("search", "latency", "controller", "space")]
-    for room in rooms:
-        room.addHandler(handler)
-        room.setLevel(logging.INFO)
-        room.propagate = False
-    try:
-        yield
-    finally:
-        for room in rooms:
-            room.removeHandler(handler)
-        handler.close()
-
-
-@contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM ends a campaign the way Ctrl-C does."""
+    """SIGTERM and SIGHUP, of a terminal that closes, end a campaign the way Ctrl-C does."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -204,8 +187,14 @@ def _terminable() -> Iterator[None]:
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, interrupt)
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        # What `nohup` ignores stays ignored.
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            if handler is not None:  # not Python's own: it cannot be put back
+                signal.signal(number, handler)

@@ -14,7 +14,6 @@ of the int8 accuracy: a network is chosen for what it does on the device.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import time
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from search.campaign import Campaign
+from search.campaign_log import tell_end
 from search.loop import FULL_TRAINING, is_infrastructure, trial_seed
 from search.measuring import INT8_ACCURACY, in_int8
 from search.objective import Objective
@@ -34,8 +34,6 @@ from search.trial import Failure, Trial
 from space.errors import ConfigError, MeasurementError, TrialFailed
 from space.files import write_atomically
 from space.records import dump_yaml
-
-logger = logging.getLogger(__name__)
 
 #: A finalist's weights, in its folder.
 _WEIGHTS = "model.safetensors"
@@ -171,12 +169,8 @@ class HandOver:
         done = replace(
             done, finished_at=time.time(), timings={"train_s": time.monotonic() - started}
         )
-        if done.failure is not None:
-            logger.warning(
-                "full training of trial %d failed: %s; its last lines:\n%s",
-                trial.id, done.failure.reason, done.failure.detail,
-            )  # fmt: skip
         self._store.finish_trial(done)
+        tell_end(done)
         return done
 
     def _new_finalist(self, trial: Trial) -> Trial:

@@ -20,6 +20,7 @@ import numpy as np
 
 from controller.base import Controller, Proposal, Result, state_from_bytes, state_to_bytes
 from search.campaign import Campaign
+from search.campaign_log import tell_end
 from search.early_stop import EarlyStop
 from search.executor import Executor, Finished, Job, Stopped, make_executor
 from search.measuring import Figures
@@ -385,12 +386,9 @@ class Search:
             raise RuntimeError(f"trial {trial.id} already had a result: two writers?")
         self._batch[trial.id] = trial
         self._tally.note(trial)
+        tell_end(trial)
         if trial.failure is not None:
-            level = logging.WARNING if trial.outcome == "failed" else logging.INFO
-            logger.log(level, "trial %d %s: %s", trial.id, trial.outcome, trial.failure.reason)
             self.parts.evaluator.forget(self._network(trial), seed=trial.seed)
-            if trial.failure.detail:
-                logger.info("trial %d detail:\n%s", trial.id, trial.failure.detail)
         self.watcher.trial(trial)
 
     def _update(self, controller: Controller, trials: Sequence[Trial]) -> None:

@@ -179,24 +179,3 @@ def device_meter(device: DeviceConfig | PluginConfig, *, full: bool = False) -> 
     if full and isinstance(device, (OnnxRuntimeConfig, SshConfig)):
         device = replace(device, effort="full")
     return make_meter(device)
-
-
-def describe(parts: Parts) -> list[tuple[str, str]]:
-    """Return (label, text) lines that say what a campaign is about to do."""
-    config = parts.config
-    executor = config.executor
-    workers = "in this process"
-    if isinstance(executor, RayConfig):
-        workers = f"on {executor.workers or 'all'} Ray workers of {executor.threads} threads"
-    device = "none: the evaluator gives the latency"
-    if config.device is not None:
-        device = ", ".join(device.name for device in config.devices)
-    batches = f"in batches of {config.batch_size}" if config.batch_size > 1 else "one by one"
-    return [
-        ("space", f"{parts.space.name}: {parts.space.size:,} token vectors"),
-        ("controller", config.controller.name),
-        ("evaluator", f"{config.evaluator.name}, {parts.epochs:g} epochs, {workers}"),
-        *parts.evaluator.about(),
-        ("device", device),
-        ("trials", f"{config.stop.trials} {batches}"),
-    ]

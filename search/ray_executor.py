@@ -22,6 +22,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from search.campaign_log import about
 from search.evaluation import Evaluation
 from search.executor import Executor, Finished, Job, Stopped, ended
 from search.ray_cluster import connect, gist
@@ -506,7 +507,11 @@ class RayExecutor(Executor):
         if node is not None:
             waiting.tried.add(node)
         logger.warning(
-            "trial %d: %s; it is tried again in %g s", waiting.job.trial_id, reason, pause
+            "trial %d: %s; it is tried again in %g s",
+            waiting.job.trial_id,
+            reason,
+            pause,
+            extra=about(waiting.job.trial_id),
         )
         self._queue.appendleft(waiting)
         return []

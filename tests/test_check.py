@@ -12,9 +12,27 @@ import pytest
 from campaigns import mnas, write_synthetic
 from test_json_page import documented
 
-from search.check import Estimate, Plan, estimate, lacks, look, num_workers, plan
-from search.check_networks import CheckOptions, Member, Noise, Report, check, networks
+from search import check_networks
+from search.check import (
+    STATE_COPIES,
+    Estimate,
+    Plan,
+    estimate,
+    lacks,
+    look,
+    num_workers,
+    plan,
+)
+from search.check_networks import (
+    CheckOptions,
+    Member,
+    Noise,
+    Report,
+    check,
+    networks,
+)
 from search.config import CampaignConfig, load_campaign_config
+from search.extremes import extreme_network
 from space.cost import count
 from space.errors import ConfigError
 from space.search_space import load_space
@@ -47,6 +65,8 @@ def test_the_command_says_the_plan_tries_networks_and_creates_nothing(tmp_path: 
     assert "10^13.2 token vectors" in done.stdout
     assert "smallest" in done.stdout
     assert "(measured" in done.stdout
+    assert "over 3 seeds of one network" in done.stdout
+    assert "money      not known: --price P, of a worker hour, gives it" in done.stdout
     assert list(tmp_path.iterdir()) == [config]
 
 
@@ -117,7 +137,9 @@ def test_the_extremes_are_the_smallest_and_the_largest_of_a_space() -> None:
 
 
 def test_a_failing_evaluation_is_a_line_with_its_reason(tmp_path: Path) -> None:
-    done = mnas("check", str(write_synthetic(tmp_path, fail_share=1.0)), cwd=tmp_path)
+    done = mnas(
+        "check", str(write_synthetic(tmp_path, fail_share=1.0)), "--repeats", "0", cwd=tmp_path
+    )
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
     assert done.stdout.count("FAILED     ") == 5
@@ -131,7 +153,7 @@ def test_a_crash_of_an_evaluators_process_is_a_reason(tmp_path: Path) -> None:
         tmp_path,
         f"evaluator={{class: 'plugin_parts:FaultyEvaluator', options: {{faults: [{faults}]}}}}",
     )
-    report = checked(config, tmp_path)
+    report = checked(config, tmp_path, repeats=0)
     assert [network.failure for network in report.networks] == [
         "its process ended by itself, with status 7"
     ] * 5
@@ -145,7 +167,7 @@ def test_latencies_are_measured_on_the_device_and_a_failure_is_a_reason(tmp_path
         f"device={{class: 'plugin_parts:FaultyDevice', options: {{log: {log}}}}}",
         fail_share=0.0,
     )
-    report = checked(config, tmp_path)
+    report = checked(config, tmp_path, repeats=0)
     assert len(log.read_text().splitlines()) == 5
     for network in report.networks:
         fails = int(network.architecture_hash, 16) % 4 == 0
@@ -174,6 +196,38 @@ def test_the_noise_is_the_spread_over_seeds_beside_that_over_networks(tmp_path: 
     assert report.noise.seed_sd is not None
     assert report.noise.network_sd is not None
     assert report.noise.seed_sd < 0.02 < report.noise.network_sd
+
+
+def test_noise_that_would_take_long_is_left_out_and_said_to_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = synthetic(tmp_path, fail_share=0.0)
+    report = checked(config, tmp_path)
+    assert report.noise is not None
+    assert len(report.noise.accuracies) == 3
+    monkeypatch.setattr(check_networks, "NOISE_LIMIT_S", 0.0)
+    report = checked(config, tmp_path)
+    assert report.noise is None
+    (finding,) = [finding for finding in report.findings if finding.name == "noise"]
+    assert finding.state == "unknown"
+    assert "takes 5 whole trainings, about 0 s; --repeats 3 does them" in finding.text
+    asked = checked(config, tmp_path, repeats=2)
+    assert asked.noise is not None
+    assert len(asked.noise.accuracies) == 2
+
+
+def test_the_finalists_weights_are_in_the_size_on_disk(tmp_path: Path) -> None:
+    config = load_campaign_config("digits", ["retrain.top=3"])
+    findings = look(config, tmp_path / "run")
+    planned = plan(config, tmp_path / "run", findings)
+    space = load_space("small_image", resolution=16, classes=10, input_channels=1)
+    largest = 4 * count(extreme_network(space, 1)).parameters_with_statistics
+    # Three finalists' last and best weights, the state of one, the ONNX file.
+    assert planned.finalists_bytes == largest * (3 * 2 + STATE_COPIES + 1)
+    (disk,) = [finding for finding in findings if finding.name == "disk"]
+    assert disk.text.startswith(f"{planned.database_bytes + planned.finalists_bytes:,} of ")
+    search_only = load_campaign_config("digits", ["retrain=null"])
+    assert plan(search_only, tmp_path / "run", findings).finalists_bytes == 0
 
 
 def test_the_estimate_in_sync_is_a_batchs_measuring_and_its_rounds_of_training(
@@ -222,7 +276,7 @@ def test_a_cluster_decides_the_number_of_workers_that_is_not_given(tmp_path: Pat
 @pytest.mark.timeout(600)
 def test_a_few_steps_tell_the_time_of_a_real_training(tmp_path: Path) -> None:
     config = load_campaign_config("digits")
-    report = checked(config, tmp_path, seconds_per_measurement=0.1, steps=4)
+    report = checked(config, tmp_path, seconds_per_measurement=0.1, steps=4, repeats=0)
     for network in report.networks:
         assert network.failure is None
         assert network.step_s is not None

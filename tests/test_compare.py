@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+import sqlite3
+import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +16,16 @@ import pytest
 from campaigns import mnas, start_mnas, wait_for_results, write_synthetic
 from test_json_page import documented
 
+from search import cli
+from search.async_loop import make_search
 from search.campaign import create, open_to_read
 from search.compare import compare, pair_tables
 from search.compare_plot import series_of, write_plot
 from search.config import campaign_config, load_campaign_config
-from search.engine import start
+from search.engine import Silent, start
 from search.history import History
 from search.pareto import pareto_front
+from search.parts import Parts
 from search.report_data import LINE_POINTS
 from search.store import Store
 from search.trial import Trial
@@ -365,3 +371,32 @@ def test_the_keys_are_documented(tmp_path: Path) -> None:
     keys = {*found, *found["campaigns"][0], *found["campaigns"][0]["front"][0]}
     keys |= {*pairing, *pairing["pairs"][0], *pairing["summary"]["reward"]}
     assert keys <= documented("**`mnas compare")
+
+
+class LooksAgain(Exception):
+    """Ends a watch where it would wait for its next look."""
+
+
+def test_a_watch_holds_nothing_that_lets_the_write_ahead_file_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = load_campaign_config(str(write_synthetic(tmp_path, trials=16)))
+    log = tmp_path / "run" / "campaign.db-wal"
+    found = []
+
+    def fold_in(seconds: float) -> None:
+        campaign.store.add_event("test", "something to fold in")
+        with closing(sqlite3.connect(tmp_path / "run" / "campaign.db")) as other:
+            # A reader in a transaction makes it busy, and the file stays as long as it is.
+            (busy, _, _) = other.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        found.append((busy, log.stat().st_size))
+        raise LooksAgain
+
+    monkeypatch.setattr(time, "sleep", fold_in)
+    with create(tmp_path / "run", config) as campaign:
+        make_search(campaign, Parts(config), Silent()).run()
+        before = log.stat().st_size
+        with pytest.raises(LooksAgain):
+            cli.status_command(tmp_path / "run", watch=True)
+    assert before > 0
+    assert found == [(0, 0)]

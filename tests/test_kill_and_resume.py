@@ -13,7 +13,10 @@ import psutil
 import pytest
 from campaigns import controller_states, mnas, rows, start_mnas, wait_for_results, write_synthetic
 
+from search.config import load_campaign_config
+from search.engine import Silent, start
 from search.store import Store
+from search.trial import Trial
 
 TRIALS = 48
 
@@ -65,14 +68,46 @@ def test_ctrl_c_ends_within_five_seconds_says_how_to_go_on_and_resume_does(
     assert rows(folder) == rows(quiet)
 
 
-def test_sigterm_ends_a_campaign_as_ctrl_c_does(tmp_path: Path) -> None:
-    config = write_synthetic(tmp_path, trials=TRIALS, seconds=0.05)
-    process = start_mnas("search", str(config), "--out", str(tmp_path / "run"))
-    wait_for_results(tmp_path / "run", 3)
-    process.terminate()
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_sigterm_and_a_closed_terminal_end_a_campaign_as_ctrl_c_does(
+    number: int, tmp_path: Path, quiet: Path
+) -> None:
+    config = write_synthetic(tmp_path, trials=TRIALS, seconds=0.02)
+    folder = tmp_path / "run"
+    process = start_mnas("search", str(config), "--out", str(folder))
+    wait_for_results(folder, 3)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=30)
     assert process.returncode == 130, output
     assert "mnas resume" in output
+    assert not (folder / "campaign.owner.json").exists()
+    done = mnas("resume", str(folder))
+    assert done.returncode == 0, done.stderr
+    assert rows(folder) == rows(quiet)
+
+
+class Handlers(Silent):
+    """Notes what a signal does while a campaign runs."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.seen: set[object] = set()
+
+    def trial(self, trial: Trial) -> None:
+        self.seen.add(signal.getsignal(self.number))
+
+
+def test_a_closed_terminal_is_ignored_where_nohup_says_so(tmp_path: Path) -> None:
+    config = load_campaign_config(str(write_synthetic(tmp_path, trials=8)))
+    watcher = Handlers(signal.SIGHUP)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        start(config, tmp_path / "run", watcher)
+        after = signal.getsignal(signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert watcher.seen == {signal.SIG_IGN}
+    assert after is signal.SIG_IGN
 
 
 def test_status_works_from_another_process_while_the_search_runs(tmp_path: Path) -> None:
@@ -177,6 +212,9 @@ def test_children_that_hang_or_crash_their_worker_are_failed_trials(tmp_path: Pa
             assert trial.outcome == "completed"
             assert trial.attempt == 2
     assert {int(t.architecture_hash, 16) % 8 for t in trials} >= {0, 1, 3}
+    log = [json.loads(x) for x in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    retried = {line["trial"] for line in log if "is tried again" in line["message"]}
+    assert retried == {t.id for t in trials if t.attempt == 2 and t.reused_from is None}
 
 
 def test_a_network_that_kills_every_worker_is_not_given_to_another_one(tmp_path: Path) -> None:

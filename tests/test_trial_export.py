@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import struct
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from campaigns import mnas, write_synthetic
@@ -19,8 +22,10 @@ from search.trial import Trial
 @pytest.fixture(scope="module")
 def campaign(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("campaign")
-    config = load_campaign_config(str(write_synthetic(folder, trials=24)), ["baseline_share=0.25"])
-    watcher = TensorBoard(Silent(), folder / "run" / "tensorboard")
+    config = load_campaign_config(
+        str(write_synthetic(folder, trials=24, seconds=0.01)), ["baseline_share=0.25"]
+    )
+    watcher = TensorBoard(Silent(), folder / "run" / "tensorboard", workers=2)
     start(config, folder / "other", watcher)
     watcher.close()
     (folder / "other").rename(folder / "campaign")
@@ -69,3 +74,40 @@ def test_tensorboard_gets_the_curves_of_a_search(campaign: Path) -> None:
     data = events.read_bytes()
     for name in ("trial/reward", "trial/accuracy", "trial/latency_ms", "controller/entropy"):
         assert name.encode() in data
+
+
+def scalars(folder: Path) -> Iterator[tuple[str, int, float]]:
+    """Tag, step and value of what a folder's only event file holds."""
+    proto: Any = pytest.importorskip("tensorboardX.proto.event_pb2")
+    (path,) = folder.glob("events.out.tfevents.*")
+    with path.open("rb") as file:
+        # A record: its length, a checksum of that, the event, a checksum of it.
+        while head := file.read(12):
+            event = proto.Event.FromString(file.read(struct.unpack("<Q4x", head)[0]))
+            file.read(4)
+            for value in event.summary.value:
+                yield value.tag, event.step, value.simple_value
+
+
+def test_the_busy_share_is_the_evaluations_time_in_that_of_all_workers(campaign: Path) -> None:
+    told = scalars(campaign / "run" / "tensorboard")
+    busy = {step: value for tag, step, value in told if tag == "workers/busy"}
+    assert list(busy) == [0, 1, 2]
+    ends, evaluated_s = [0.0] * 3, [0.0] * 3
+    for trial in trials_of(campaign):
+        ends[trial.batch] = max(ends[trial.batch], trial.finished_at or 0.0)
+        evaluated_s[trial.batch] += (trial.timings or {}).get("train_s", 0.0)
+    for batch in (1, 2):
+        wall_s = ends[batch] - ends[batch - 1]
+        assert busy[batch] == pytest.approx(evaluated_s[batch] / (2 * wall_s), rel=1e-5)
+        # One evaluation after another: never more than one of the two workers.
+        assert 0 < busy[batch] <= 0.5
+
+
+def test_without_a_number_of_workers_no_busy_share_is_drawn(tmp_path: Path) -> None:
+    watcher = TensorBoard(Silent(), tmp_path / "tensorboard", workers=None)
+    start(
+        load_campaign_config(str(write_synthetic(tmp_path, trials=8))), tmp_path / "run", watcher
+    )
+    watcher.close()
+    assert "workers/busy" not in {tag for tag, *_ in scalars(tmp_path / "tensorboard")}
