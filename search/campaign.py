@@ -141,7 +141,6 @@ def continue_with(folder: Path, wanted: CampaignConfig) -> Campaign:
         for key, ours, theirs in changes:
             store.add_event("changed", f"{key}: {ours!r} -> {theirs!r}")
         write_atomically(folder / "config.yaml", _config_file(wanted))
-    _note_versions(store)
     return Campaign(folder, wanted, store, lock)
 
 
@@ -166,13 +165,6 @@ def open_to_read(folder: Path) -> Store:
     if not folder.is_dir():
         raise ConfigError(f"{folder}: no such folder.")
     return Store(folder / "campaign.db", read_only=True)
-
-
-def _note_versions(store: Store) -> None:
-    now, before = versions(), store.meta("versions", {})
-    for name, ours, theirs in differences(before, now):
-        store.add_event("versions", f"{name}: {ours} -> {theirs}")
-    store.set_meta("versions", now)
 
 
 def _config_file(config: CampaignConfig) -> bytes:

@@ -297,12 +297,15 @@ def _hand_over(folder: Path, top: int | None, *, as_json: bool) -> None:
     from rich.console import Console
 
     from search.campaign import open_to_write
+    from search.environment import note_environment
     from search.finalists import hand_over
     from search.parts import Parts
     from search.progress import Progress
 
     with open_to_write(folder) as campaign, Progress(Console(stderr=True), 0, 0, None) as progress:
-        winner = hand_over(campaign, Parts(campaign.config), progress, top=top)
+        parts = Parts(campaign.config)
+        note_environment(campaign.store, parts.meters, progress.note)
+        winner = hand_over(campaign, parts, progress, top=top)
     if winner is None:
         raise ConfigError(f"{folder}: no network was retrained; campaign.log says why.")
     if as_json:

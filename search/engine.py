@@ -23,6 +23,7 @@ from search import campaign as folders
 from search.async_loop import make_search
 from search.campaign import Campaign
 from search.config import CampaignConfig
+from search.environment import note_environment
 from search.finalists import LineWatcher, hand_over
 from search.loop import Watcher
 from search.parts import Parts
@@ -154,6 +155,7 @@ def run(campaign: Campaign, parts: Parts, watcher: CampaignWatcher) -> CampaignO
 
     with _log_file(campaign.folder / "campaign.log"), _terminable():
         logger.info("campaign %s in %s", campaign.config.name, campaign.folder)
+        note_environment(campaign.store, parts.meters, watcher.note)
         search = make_search(campaign, parts, watcher)
         stop_reason = search.run()
         logger.info("search ended: %s", stop_reason)

@@ -180,7 +180,11 @@ def _against_target(trial: Trial, facts: Facts) -> str:
 
 
 def _warnings(facts: Facts) -> list[str]:
-    scan, found = facts.scan, []
+    scan = facts.scan
+    found = [
+        f"The trials' figures come from more than one environment: {note}."
+        for note in facts.environments.notes()
+    ]
     fastest = np.nanmin(scan.latency_ms) if np.isfinite(scan.latency_ms).any() else None
     if facts.target_ms is not None and fastest is not None and fastest > facts.target_ms:
         found.append(
@@ -429,6 +433,7 @@ def _environment(facts: Facts) -> str:
         **(store.meta("versions") or {}),
     }
     parts = ["<h3>Campaign</h3>", _definitions(campaign)]
+    parts.extend(f"<p>{_escape(note)}</p>" for note in facts.environments.notes())
     if facts.config.device is None:
         parts.append(f"<h3>Device</h3><p>None: the latencies are {facts.given}.</p>")
     ids = best.measurement_ids if best is not None else ()
