@@ -63,8 +63,9 @@ class AsyncSearch(Search):
                     for follower in self._followers.pop(trial.architecture_hash):
                         self._start(follower, executor)
         finally:
-            self._note_time()
+            # First: a disk that is full must not keep processes alive.
             executor.close()
+            self._note_time()
 
     def _fill(self, controller: Controller, executor: Executor) -> None:
         """Propose until every worker has something to do or a stop rule holds."""

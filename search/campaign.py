@@ -64,8 +64,10 @@ class Campaign:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.store.close()
-        _release(self.folder, self._lock)
+        try:
+            self.store.close()
+        finally:
+            _release(self.folder, self._lock)
 
 
 def create(folder: Path, config: CampaignConfig) -> Campaign:

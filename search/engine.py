@@ -178,9 +178,17 @@ def run(campaign: Campaign, parts: Parts, watcher: CampaignWatcher) -> CampaignO
         )
 
 
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written ends the campaign, as a database that cannot does."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Raise what went wrong in place of printing it."""
+        raise
+
+
 @contextmanager
 def _log_file(path: Path) -> Iterator[None]:
-    handler = logging.FileHandler(path)
+    handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     rooms = [logging.getLogger(room) for room in ("search", "latency", "controller", "space")]
     for room in rooms:
