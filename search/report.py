@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from plotly.offline import get_plotlyjs
 
-from search.campaign import is_running
+from search.campaign import running_on, running_text
 from search.config import CampaignConfig, config_to_plain
 from search.objective import Objective
 from search.progress import format_duration
@@ -123,11 +123,11 @@ def _headline(facts: Facts) -> str:
 def _state(facts: Facts) -> str:
     store, stop = facts.store, facts.config.stop
     reason, pending = store.meta("stop_reason"), facts.scan.outcomes["pending"]
-    running = is_running(store.path.parent)
+    host = running_on(store.path.parent)
     proposed = facts.scan.outcomes.total()
-    if reason and not pending and (proposed >= stop.trials or not running or facts.winner):
+    if reason and not pending and (proposed >= stop.trials or not host or facts.winner):
         return f"finished: {reason}"
-    return "running" if running else "stopped before its end; `mnas resume` goes on"
+    return running_text(host) if host else "stopped before its end; `mnas resume` goes on"
 
 
 def _finding(facts: Facts) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from search.campaign import is_running
+from search.campaign import running_on, running_text
 from search.config import CampaignConfig
 from search.environment import Environments, change_note
 from search.progress import format_duration
@@ -55,11 +55,12 @@ def _whole(value: float | None) -> int | None:
 def campaign_summary(folder: Path, store: Store, config: CampaignConfig) -> dict[str, Any]:
     """Return a campaign's state as plain JSON values.
 
-    Keys: folder, name, state (`running`, `stopped` or `finished`), trials, trials_total, pending
-    and one count per outcome, target_ms, best (see `trial_summary`) or null, recommended (ids of
-    the trials that the controller would hand over, best first), rewards (role -> number, highest,
-    mean), entropy (nats) or null, spent_s, stop_reason, winner or null, environments (each with
-    since, first_trial, versions, devices, changes: see search.environment).
+    Keys: folder, name, state (`running`, `stopped` or `finished`), running_on (a host or null),
+    trials, trials_total, pending and one count per outcome, target_ms, best (see `trial_summary`,
+    with environment) or null, recommended (ids of the trials that the controller would hand over,
+    best first), rewards (role -> number, highest, mean), entropy (nats) or null, spent_s,
+    stop_reason, winner or null, environments (each with since, first_trial, versions, devices,
+    changes: see search.environment).
     """
     counts = store.counts()
     environments, best = Environments(store), store.best(1)
@@ -68,12 +69,14 @@ def campaign_summary(folder: Path, store: Store, config: CampaignConfig) -> dict
     reason = store.meta("stop_reason")
     proposed = sum(counts.values())
     finished = reason is not None and proposed >= config.stop.trials
-    state = "running" if is_running(folder) else "finished" if finished else "stopped"
+    host = running_on(folder)
+    state = "running" if host else "finished" if finished else "stopped"
     outcomes = ("completed", "reused", "stopped", "rejected", "failed", "pending")
     return {
         "folder": str(folder),
         "name": config.name,
         "state": state,
+        "running_on": host,
         "trials": proposed,
         "trials_total": config.stop.trials,
         **{f"trials_{outcome}": counts.get(outcome, 0) for outcome in outcomes},
@@ -157,8 +160,10 @@ def _figure(value: float | None, form: str) -> str:
 
 def campaign_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return (label, text) lines of a `campaign_summary`."""
+    host = summary["running_on"]
+    state = running_text(host) if host else summary["state"]
     lines = [
-        ("campaign", f"{summary['name']} in {summary['folder']}: {summary['state']}"),
+        ("campaign", f"{summary['name']} in {summary['folder']}: {state}"),
         ("trials", f"{summary['trials']:,} of {summary['trials_total']:,}"),
         (
             "outcomes",
