@@ -107,4 +107,7 @@ def one_blas_thread() -> AbstractContextManager[object]:
 @lru_cache(maxsize=1)
 def _blas() -> ThreadpoolController:
     """The process's BLAS libraries, which take a moment to find."""
+    # It brings a BLAS of its own, which is found only once it is loaded.
+    import scipy.linalg  # type: ignore[import-untyped]  # noqa: F401
+
     return ThreadpoolController()

@@ -20,6 +20,9 @@ from space.errors import ConfigError, MnasError
 #: The class of all complaints about flags and arguments, whichever click typer is built on.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
+#: No space, a quota, a limit on the size of a file.
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
 EXIT_ERROR, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
@@ -45,10 +48,11 @@ def _run() -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_ERROR
     except (sqlite3.OperationalError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if isinstance(error, OSError) and error.errno not in _NO_ROOM:
             raise
+        remedy = "end the program that holds it" if "locked" in str(error) else "make room"
         return _complain(
-            f"cannot write: {error}. What was committed is safe; make room and go on with"
+            f"cannot write: {error}; what was committed is safe, so {remedy} and go on with"
             " `mnas resume`.",
             EXIT_ERROR,
         )

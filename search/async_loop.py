@@ -81,6 +81,7 @@ class AsyncSearch(Search):
                     self._finish(self._trained(trial, finished))
                     self._start_followers(trial, executor)
         finally:
+            # First: a disk that is full must not keep processes alive.
             executor.close()
             if self._measuring is not None:
                 self._measuring.close()

@@ -9,16 +9,20 @@
     report.html      made from the database at the end, or by `mnas report`
 
 One process writes, and holds campaign.lock; another that wants to write is refused and told who
-holds it. Readers open the database read-only and need no lock.
+holds it. Readers open the database read-only and need no lock. While the process lives it touches
+campaign.owner.json, from which another host can tell that it does.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import os
 import socket
 import sys
+import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +44,10 @@ from space.errors import ConfigError
 from space.files import versions, write_atomically
 from space.records import apply_overrides, dump_yaml, load_yaml
 
+#: The owner's file is touched so often, and its owner believed to be gone after so long: clocks of
+#: hosts that share a folder differ, and shared file systems tell late.
+BEAT_S, SILENCE_S = 30.0, 300.0
+
 
 class Campaign:
     """An open campaign folder whose lock this process holds. Use it as a context manager.
@@ -55,9 +63,17 @@ class Campaign:
         self.config = config
         self.store = store
         self._lock = lock
+        self._ended = threading.Event()
 
     def __enter__(self) -> Campaign:
+        threading.Thread(target=self._beat, daemon=True).start()
         return self
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            # Only readers on other hosts look at it, and the end of the campaign takes it away.
+            with contextlib.suppress(OSError):
+                os.utime(_owner_file(self.folder))
 
     def __exit__(
         self,
@@ -65,8 +81,11 @@ class Campaign:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.store.close()
-        _release(self.folder, self._lock)
+        self._ended.set()
+        try:
+            self.store.close()
+        finally:
+            _release(self.folder, self._lock)
 
 
 def create(folder: Path, config: CampaignConfig) -> Campaign:
@@ -142,7 +161,6 @@ def continue_with(folder: Path, wanted: CampaignConfig) -> Campaign:
         for key, ours, theirs in changes:
             store.add_event("changed", f"{key}: {ours!r} -> {theirs!r}")
         write_atomically(folder / "config.yaml", _config_file(wanted))
-    _note_versions(store)
     return Campaign(folder, wanted, store, lock)
 
 
@@ -169,13 +187,6 @@ def open_to_read(folder: Path) -> Store:
     return Store(folder / "campaign.db", read_only=True)
 
 
-def _note_versions(store: Store) -> None:
-    now, before = versions(), store.meta("versions", {})
-    for name, ours, theirs in differences(before, now):
-        store.add_event("versions", f"{name}: {ours} -> {theirs}")
-    store.set_meta("versions", now)
-
-
 def _config_file(config: CampaignConfig) -> bytes:
     header = "# The resolved configuration of this campaign; `mnas resume` reads it.\n"
     return (header + dump_yaml(config_to_plain(config))).encode()
@@ -192,13 +203,13 @@ def _acquire(folder: Path) -> filelock.BaseFileLock:
         "pid": os.getpid(),
         "started": psutil.Process().create_time(),
     }
-    write_atomically(folder / "campaign.owner.json", json.dumps(owner).encode())
+    write_atomically(_owner_file(folder), json.dumps(owner).encode())
     return lock
 
 
 def _holder(folder: Path) -> str:
     try:
-        owner = json.loads((folder / "campaign.owner.json").read_text())
+        owner = json.loads(_owner_file(folder).read_text())
         since = datetime.datetime.fromtimestamp(owner["started"]).isoformat(" ", "seconds")
         return f" by process {owner['pid']} on {owner['host']} since {since}"
     except (OSError, ValueError, KeyError):
@@ -206,16 +217,33 @@ def _holder(folder: Path) -> str:
 
 
 def _release(folder: Path, lock: Any) -> None:
-    (folder / "campaign.owner.json").unlink(missing_ok=True)
+    _owner_file(folder).unlink(missing_ok=True)
     lock.release()
 
 
-def is_running(folder: Path) -> bool:
-    """Whether some process on this host holds the campaign's lock."""
+def _owner_file(folder: Path) -> Path:
+    return folder / "campaign.owner.json"
+
+
+def running_on(folder: Path) -> str | None:
+    """Return the host on which a process holds the campaign's lock, or None.
+
+    On another host it cannot be looked for: it runs as long as it touches its file.
+    """
+    path = _owner_file(folder)
     try:
-        owner = json.loads((folder / "campaign.owner.json").read_text())
-        process = psutil.Process(owner["pid"])
-    except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
-        return False
-    started: float = owner["started"]
-    return owner["host"] == socket.gethostname() and abs(process.create_time() - started) < 1
+        owner = json.loads(path.read_text())
+        host, pid, started = str(owner["host"]), int(owner["pid"]), float(owner["started"])
+        if host != socket.gethostname():
+            return host if time.time() - path.stat().st_mtime < SILENCE_S else None
+        same = abs(psutil.Process(pid).create_time() - started) < 1
+    except (OSError, ValueError, KeyError, TypeError, psutil.NoSuchProcess):
+        return None
+    return host if same else None
+
+
+def running_text(host: str) -> str:
+    """Return `running`, with where and how that is known if it is another host."""
+    if host == socket.gethostname():
+        return "running"
+    return f"running on {host} (cannot be checked from here; it was heard of lately)"

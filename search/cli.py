@@ -312,6 +312,7 @@ def top_command(
     from rich.console import Console
 
     from search.campaign import open_to_read, read_config
+    from search.environment import Environments
     from search.measuring import in_int8
     from search.pareto import front_objectives, pareto_front
     from search.tables import trial_summary, trial_table
@@ -320,13 +321,22 @@ def top_command(
     with closing(open_to_read(folder)) as store:
         chosen = pareto_front(store.trials(), objectives) if front else store.best(count)
         note = ", latency in int8, accuracy in float32" if in_int8(store, chosen) else ""
+        environments = Environments(store)
+        numbers = [environments.of(trial) for trial in chosen]
     if as_json:
-        print_json({"folder": str(folder), "trials": [trial_summary(t) for t in chosen]})
+        rows = [
+            trial_summary(trial) | {"environment": number}
+            for trial, number in zip(chosen, numbers, strict=True)
+        ]
+        print_json({"folder": str(folder), "trials": rows})
     else:
         title = "Pareto front" if front else f"best {len(chosen)} networks"
         console = Console()
         title = f"{title} of {folder}{note}"
-        console.print(trial_table(chosen, title, objectives if front else ()))
+        columns = objectives if front else ()
+        changes = environments.notes()
+        console.print(trial_table(chosen, title, columns, numbers if changes else ()))
+        _print_lines(console, [("changed", note) for note in changes])
         _print_lines(console, [(f"trial {trial.id}", trial.architecture) for trial in chosen])
 
 

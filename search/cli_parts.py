@@ -298,6 +298,7 @@ def _hand_over(folder: Path, top: int | None, *, as_json: bool) -> None:
 
     from search.campaign import open_to_write
     from search.campaign_log import campaign_logs
+    from search.environment import note_environment
     from search.finalists import hand_over
     from search.parts import Parts
     from search.progress import Progress
@@ -307,7 +308,9 @@ def _hand_over(folder: Path, top: int | None, *, as_json: bool) -> None:
         Progress(Console(stderr=True), 0, 0, None) as progress,
         campaign_logs(folder, progress.note),
     ):
-        winner = hand_over(campaign, Parts(campaign.config), progress, top=top)
+        parts = Parts(campaign.config)
+        note_environment(campaign.store, parts.meters, progress.note)
+        winner = hand_over(campaign, parts, progress, top=top)
     if winner is None:
         raise MnasError(f"{folder}: no network was retrained; campaign.log says why.")
     if as_json:

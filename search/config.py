@@ -193,7 +193,8 @@ class StopConfig:
         trials: Number of proposals (the paper's 8,000).
         trained: Number of trainings (proposals less those that reused a result).
         hours: Wall time over all sessions of the campaign.
-        training_hours: Time of all trainings, summed over the workers: accelerator-hours.
+        training_hours: Time of all trainings, summed over the workers: accelerator-hours, but for
+            attempts that a kill or a dead worker cut short.
         no_improvement: So many proposals since the one with the best reward.
         failed_in_a_row: So many trials without a single result: something is wrong that more
             trials will not mend.

@@ -24,6 +24,7 @@ from search.async_loop import make_search
 from search.campaign import Campaign
 from search.campaign_log import campaign_logs
 from search.config import CampaignConfig
+from search.environment import note_environment
 from search.finalists import LineWatcher, hand_over
 from search.loop import Watcher
 from search.parts import Parts
@@ -155,6 +156,7 @@ def run(campaign: Campaign, parts: Parts, watcher: CampaignWatcher) -> CampaignO
 
     with campaign_logs(campaign.folder, watcher.note), _terminable():
         logger.info("campaign %s in %s", campaign.config.name, campaign.folder)
+        note_environment(campaign.store, parts.meters, watcher.note)
         search = make_search(campaign, parts, watcher)
         stop_reason = search.run()
         logger.info("search ended: %s", stop_reason)

@@ -130,9 +130,10 @@ class Search:
                     executor = make_executor(self.config.executor, self.config.evaluator)
                 self._update(controller, self._evaluate(trials, executor))
         finally:
-            self._note_time()
+            # First: a disk that is full must not keep processes alive.
             if executor is not None:
                 executor.close()
+            self._note_time()
 
     # ------------------------------------------------------------------ the steps of a batch
 

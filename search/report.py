@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from plotly.offline import get_plotlyjs
 
-from search.campaign import is_running
+from search.campaign import running_on, running_text
 from search.config import CampaignConfig, config_to_plain
 from search.objective import Objective
 from search.page import html_table, script_text, write_named
@@ -109,11 +109,11 @@ def _headline(facts: Facts) -> str:
 def _state(facts: Facts) -> str:
     store, stop = facts.store, facts.config.stop
     reason, pending = store.meta("stop_reason"), facts.scan.outcomes["pending"]
-    running = is_running(store.path.parent)
+    host = running_on(store.path.parent)
     proposed = facts.scan.outcomes.total()
-    if reason and not pending and (proposed >= stop.trials or not running or facts.winner):
+    if reason and not pending and (proposed >= stop.trials or not host or facts.winner):
         return f"finished: {reason}"
-    return "running" if running else "stopped before its end; `mnas resume` goes on"
+    return running_text(host) if host else "stopped before its end; `mnas resume` goes on"
 
 
 def _finding(facts: Facts) -> str:
@@ -166,7 +166,11 @@ def _against_target(trial: Trial, facts: Facts) -> str:
 
 
 def _warnings(facts: Facts) -> list[str]:
-    scan, found = facts.scan, []
+    scan = facts.scan
+    found = [
+        f"The trials' figures come from more than one environment: {note}."
+        for note in facts.environments.notes()
+    ]
     fastest = np.nanmin(scan.latency_ms) if np.isfinite(scan.latency_ms).any() else None
     if facts.target_ms is not None and fastest is not None and fastest > facts.target_ms:
         found.append(
@@ -415,6 +419,7 @@ def _environment(facts: Facts) -> str:
         **(store.meta("versions") or {}),
     }
     parts = ["<h3>Campaign</h3>", _definitions(campaign)]
+    parts.extend(f"<p>{_escape(note)}</p>" for note in facts.environments.notes())
     if facts.config.device is None:
         parts.append(f"<h3>Device</h3><p>None: the latencies are {facts.given}.</p>")
     ids = best.measurement_ids if best is not None else ()

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from search.accel_nasbench import AccelNasBenchConfig
 from search.config import CampaignConfig
+from search.environment import Environments
 from search.measuring import INT8_ACCURACY, in_int8
 from search.objective import LATENCY, Objective
 from search.pareto import best_networks
@@ -38,7 +39,7 @@ REASON_LETTERS, ARCHITECTURE_LETTERS = 300, 1_000
 _COLUMNS = (
     "trial", "role", "outcome", "reward", "accuracy", "latency_ms", "iqr_ms", "verdict",
     "latency_is", "parameters", "macs", "epochs", "from", "failure", "architecture", "tokens",
-    "seed", "parts", "timings",
+    "seed", "parts", "timings", "environment",
 )  # fmt: skip
 
 
@@ -136,6 +137,7 @@ class Facts:
         device: Its name, with its precision if that is int8; empty without one.
         int8: Whether a device computes in int8.
         diagnostics: Name -> points (batch, value), entropy first.
+        environments: Under which the trials came about.
     """
 
     store: Store
@@ -147,6 +149,7 @@ class Facts:
     device: str
     int8: bool
     diagnostics: dict[str, list[tuple[int, float]]]
+    environments: Environments
 
     @property
     def best(self) -> Trial | None:
@@ -200,6 +203,7 @@ def read_facts(store: Store, config: CampaignConfig) -> Facts:
         device=device,
         int8=in_int8(store, shown.trials),
         diagnostics=_diagnostics(store),
+        environments=Environments(store),
     )
 
 
@@ -221,6 +225,7 @@ def script_values(facts: Facts) -> dict[str, Any]:
         "mean_of": window,
         "equal_reward": _equal_reward(facts),
         "diagnostics": facts.diagnostics,
+        "environments": len(facts.environments.known),
     }
 
 
@@ -330,6 +335,7 @@ def _row(trial: Trial, facts: Facts, architectures: dict[str, int]) -> list[Any]
         "seed": trial.seed,
         "parts": _parts(trial),
         "timings": _timings(trial),
+        "environment": facts.environments.of(trial),
     }
     return [values[name] for name in _COLUMNS]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from search.config import StopConfig
 from search.store import Store
@@ -25,10 +25,14 @@ class Tally:
     Args:
         stop: The rules.
         store: Of the campaign, which may have been run before.
+        clock: Seconds, from any start.
     """
 
-    def __init__(self, stop: StopConfig, store: Store) -> None:
+    def __init__(
+        self, stop: StopConfig, store: Store, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._stop = stop
+        self._clock = clock
         self._counts = collections.Counter(store.counts())
         self._recent: collections.deque[tuple[int, int]] = collections.deque(
             (
@@ -42,9 +46,9 @@ class Tally:
         self._last_success = store.last_success()
         self._last_failure = store.last_failure()
         best = store.best(1)
-        self._best = (best[0].reward or 0.0, best[0].id) if best else (-math.inf, 0)
+        self._best = (best[0].reward or 0.0, best[0].id) if best else (-math.inf, -1)
         self._spent_s: float = store.meta("spent_s", 0.0)
-        self._started = time.monotonic()
+        self._started = clock()
 
     @property
     def proposed(self) -> int:
@@ -53,7 +57,7 @@ class Tally:
 
     def spent_s(self) -> float:
         """Wall time over all sessions, in seconds."""
-        return self._spent_s + time.monotonic() - self._started
+        return self._spent_s + self._clock() - self._started
 
     def begin(self, count: int) -> None:
         """Count new trials."""
@@ -80,7 +84,8 @@ class Tally:
         """Return the sentence that says which rule holds, or None."""
         stop, proposed, trained = self._stop, self.proposed, self._counts["completed"]
         last = proposed - 1
-        since_best = last - self._best[1]
+        best = self._best[1]
+        since_best = last - best
         failed = last - self._last_success - self._counts["pending"]
         # Limit, how far the search has come, what to say when it is reached.
         rules: tuple[tuple[float | None, float, str], ...] = (
@@ -95,8 +100,9 @@ class Tally:
             (
                 stop.no_improvement,
                 since_best,
-                f"no network of the last {since_best} trials was better than trial"
-                f" {self._best[1]}'s",
+                f"none of the {since_best} trials has a reward"
+                if best < 0
+                else f"no network of the last {since_best} trials was better than trial {best}'s",
             ),
             (
                 stop.failed_in_a_row,

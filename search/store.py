@@ -30,6 +30,9 @@ from space.records import build, to_plain
 
 SCHEMA_VERSION = 1
 
+#: So long a write waits for another program that holds the file.
+BUSY_TIMEOUT_S = 30.0
+
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE trial (
@@ -158,7 +161,10 @@ class Store:
             raise ConfigError(f"{path}: no such file; {path.parent} holds no campaign.")
         mode = "ro" if read_only else "rwc"
         self._db = sqlite3.connect(
-            f"{path.absolute().as_uri()}?mode={mode}", uri=True, timeout=30, isolation_level=None
+            f"{path.absolute().as_uri()}?mode={mode}",
+            uri=True,
+            timeout=BUSY_TIMEOUT_S,
+            isolation_level=None,
         )
         try:
             self._prepare(read_only=read_only)
@@ -204,12 +210,12 @@ class Store:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
+            self._db.execute("COMMIT")
         except BaseException:
             # A full disk can end the transaction by itself.
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
-        self._db.execute("COMMIT")
 
     # ------------------------------------------------------------------ the transactions
 

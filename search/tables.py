@@ -9,8 +9,9 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from search.campaign import is_running
+from search.campaign import running_on, running_text
 from search.config import CampaignConfig
+from search.environment import Environments, change_note
 from search.progress import format_duration
 from search.store import Store
 from search.trial import Trial
@@ -54,28 +55,33 @@ def _whole(value: float | None) -> int | None:
 def campaign_summary(folder: Path, store: Store, config: CampaignConfig) -> dict[str, Any]:
     """Return a campaign's state as plain JSON values.
 
-    Keys: folder, name, state (`running`, `stopped` or `finished`), trials, trials_total, pending
-    and one count per outcome, target_ms, best (see `trial_summary`) or null, recommended (ids of
-    the trials that the controller would hand over, best first), rewards (role -> number, highest,
-    mean), entropy (nats) or null, spent_s, stop_reason, winner or null.
+    Keys: folder, name, state (`running`, `stopped` or `finished`), running_on (a host or null),
+    trials, trials_total, pending and one count per outcome, target_ms, best (see `trial_summary`,
+    with environment) or null, recommended (ids of the trials that the controller would hand over,
+    best first), rewards (role -> number, highest, mean), entropy (nats) or null, spent_s,
+    stop_reason, winner or null, environments (each with since, first_trial, versions, devices,
+    changes: see search.environment).
     """
     counts = store.counts()
-    best = store.best(1)
+    environments, best = Environments(store), store.best(1)
+    chosen = trial_summary(best[0]) | {"environment": environments.of(best[0])} if best else None
     updates = store.updates(last=1)
     reason = store.meta("stop_reason")
     proposed = sum(counts.values())
     finished = reason is not None and proposed >= config.stop.trials
-    state = "running" if is_running(folder) else "finished" if finished else "stopped"
+    host = running_on(folder)
+    state = "running" if host else "finished" if finished else "stopped"
     outcomes = ("completed", "reused", "stopped", "rejected", "failed", "pending")
     return {
         "folder": str(folder),
         "name": config.name,
         "state": state,
+        "running_on": host,
         "trials": proposed,
         "trials_total": config.stop.trials,
         **{f"trials_{outcome}": counts.get(outcome, 0) for outcome in outcomes},
         "target_ms": store.meta("target_ms"),
-        "best": trial_summary(best[0]) if best else None,
+        "best": chosen,
         "recommended": store.meta("recommended", []),
         "rewards": {
             role: dict(zip(("number", "highest", "mean"), figures, strict=True))
@@ -85,6 +91,7 @@ def campaign_summary(folder: Path, store: Store, config: CampaignConfig) -> dict
         "spent_s": store.meta("spent_s", 0.0),
         "stop_reason": reason,
         "winner": store.meta("winner"),
+        "environments": to_plain(environments.known),
     }
 
 
@@ -107,15 +114,29 @@ _FIGURES = {
 _HEADS = {"latency_ms": "latency ms", "macs": "multiply-adds"}
 
 
-def trial_table(trials: Sequence[Trial], title: str, columns: Sequence[str] = ()) -> Table:
-    """Return trials as a table; `columns` are names of figures or metrics, these five if none."""
+def trial_table(
+    trials: Sequence[Trial],
+    title: str,
+    columns: Sequence[str] = (),
+    environments: Sequence[int | None] = (),
+) -> Table:
+    """Return trials as a table.
+
+    Args:
+        trials: One row each.
+        title: Above it.
+        columns: Names of figures or metrics; the five of every trial if none.
+        environments: Each trial's, for a last column, where there are several.
+    """
     names = columns or list(_FIGURES)
-    table = plain_table(title, ["trial", *(_HEADS.get(name, name) for name in names)])
-    for trial in trials:
+    heads = ["trial", *(_HEADS.get(name, name) for name in names)]
+    table = plain_table(title, [*heads, "env"] if environments else heads)
+    for index, trial in enumerate(trials):
         row = trial_summary(trial)
         values = {**row["metrics"], **{name: row[name] for name in _FIGURES}}
         figures = (_figure(values.get(name), _FIGURES.get(name, ".4g")) for name in names)
-        table.add_row(str(trial.id), *figures)
+        marks = [str(environments[index] or "-")] if environments else []
+        table.add_row(str(trial.id), *figures, *marks)
     return table
 
 
@@ -139,8 +160,10 @@ def _figure(value: float | None, form: str) -> str:
 
 def campaign_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     """Return (label, text) lines of a `campaign_summary`."""
+    host = summary["running_on"]
+    state = running_text(host) if host else summary["state"]
     lines = [
-        ("campaign", f"{summary['name']} in {summary['folder']}: {summary['state']}"),
+        ("campaign", f"{summary['name']} in {summary['folder']}: {state}"),
         ("trials", f"{summary['trials']:,} of {summary['trials_total']:,}"),
         (
             "outcomes",
@@ -178,6 +201,10 @@ def campaign_lines(summary: dict[str, Any]) -> list[tuple[str, str]]:
     if summary["recommended"]:
         first = ", ".join(str(trial_id) for trial_id in summary["recommended"][:3])
         lines.append(("recommends", f"trial {first}: what the controller would hand over"))
+    lines.extend(
+        ("changed", change_note(number, values["first_trial"], values["changes"]))
+        for number, values in enumerate(summary["environments"][1:], 2)
+    )
     if summary["stop_reason"]:
         lines.append(("ended", summary["stop_reason"]))
     winner = summary["winner"]

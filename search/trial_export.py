@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from search.environment import Environments
 from search.store import Store
 from search.tables import trial_summary
 from space.errors import ConfigError
@@ -20,14 +21,19 @@ def export_trials(store: Store, path: Path) -> int:
     """Write all trials, finalists and the like included, and return how many there are.
 
     Columns: `search.tables.trial_summary`'s, with tokens, metrics and parts as JSON; and batch,
-    attempt, measure_s, train_s, wait_s, created_at and finished_at (seconds since the epoch).
+    attempt, measure_s, train_s, wait_s, created_at and finished_at (seconds since the epoch), and
+    environment (search.environment: its number).
 
     Raises:
         ConfigError: The suffix is unknown, or Parquet's package is missing.
     """
     if path.suffix not in SUFFIXES:
         raise ConfigError(f"{path}: must end in {' or '.join(SUFFIXES)}.")
-    rows = [_row(trial) for trial in (*store.trials(), *store.others())]
+    environments = Environments(store)
+    rows = [
+        _row(trial) | {"environment": environments.of(trial)}
+        for trial in (*store.trials(), *store.others())
+    ]
     write_atomically(path, _csv(rows) if path.suffix == ".csv" else _parquet(rows))
     return len(rows)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -81,6 +82,28 @@ def test_the_same_seed_gives_the_same_sequence_in_another_process(
     default = type(config)()
     made = play(make_controller(default, (2, 3, 4), np.random.default_rng(7)), (2, 3, 4))
     assert json.loads(done.stdout) == [[p.id, list(p.tokens), p.log_prob.hex()] for p in made]
+
+
+THREADS = """
+import threadpoolctl
+from controller.state import one_blas_thread
+with one_blas_thread():
+    import scipy.linalg
+    found = threadpoolctl.threadpool_info()
+    print(*(library["num_threads"] for library in found if library["user_api"] == "blas"))
+"""
+
+
+def test_a_blas_that_is_loaded_late_keeps_to_one_thread_too() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", THREADS],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "2"},
+    )
+    assert set(done.stdout.split()) == {"1"}
 
 
 @pytest.mark.parametrize("num_choices", [(), (0,), (2, -1), (2.5,), (True,)], ids=str)

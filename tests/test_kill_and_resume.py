@@ -6,6 +6,8 @@ import json
 import os
 import random
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -14,7 +16,7 @@ import pytest
 from campaigns import controller_states, mnas, rows, start_mnas, wait_for_results, write_synthetic
 
 from search.config import load_campaign_config
-from search.engine import Silent, start
+from search.engine import Silent, resume, start
 from search.store import Store
 from search.trial import Trial
 
@@ -129,6 +131,88 @@ def test_status_works_from_another_process_while_the_search_runs(tmp_path: Path)
     assert f"in use by process {process.pid}" in second.stderr
     after = json.loads(mnas("status", str(folder), "--json").stdout)
     assert after["state"] == "stopped"
+
+
+#: Small enough for all of them to be past their start when they are killed.
+CONTROLLERS = {
+    "random": "random",
+    "evolution": "evolution, population: 12, sample_size: 4",
+    "local": "local, starts: 8",
+    "reinforce": "reinforce",
+    "guided": "guided, initial: 8, starts: 2",
+    "pareto": "pareto, initial: 8, starts: 2",
+}
+SHORT, KILLED_AT, EXTENDED_AT = 28, 13, 16
+
+#: Runs a campaign in processes that kill themselves as soon as these trials' results are recorded:
+#: one in the midst of a batch leaves it half done, the last of one leaves it unlearned.
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from search.config import load_campaign_config
+from search.engine import Silent, resume, start
+
+class Kills(Silent):
+    def __init__(self, at):
+        self.at = at
+
+    def trial(self, trial):
+        if trial.id == self.at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+config, mode, folder = sys.argv[1], sys.argv[2], Path(sys.argv[3])
+for at in map(int, sys.argv[4:]):
+    process = os.fork()
+    if process == 0:
+        if folder.exists():
+            resume(folder, watcher=Kills(at))
+        else:
+            start(load_campaign_config(config, [f"mode={mode}"]), folder, Kills(at))
+        os._exit(0)
+    assert os.waitpid(process, 0)[1] == signal.SIGKILL
+"""
+
+
+@pytest.fixture(scope="module", params=CONTROLLERS)
+def controller(request: pytest.FixtureRequest) -> str:
+    return CONTROLLERS[request.param]
+
+
+@pytest.fixture(scope="module", params=["sync", "async"])
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, controller: str, mode: str) -> Path:
+    """A short campaign of a controller and a mode that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    path = write_synthetic(folder, trials=SHORT, controller=controller)
+    start(load_campaign_config(str(path), [f"mode={mode}"]), folder / "run")
+    return folder / "run"
+
+
+def test_kill_9_and_resume_is_bit_identical_with_every_controller_and_mode(
+    tmp_path: Path, controller: str, mode: str, whole: Path
+) -> None:
+    path = write_synthetic(tmp_path, trials=SHORT, controller=controller)
+    folder, at = str(tmp_path / "run"), (str(KILLED_AT), str(EXTENDED_AT - 1))
+    subprocess.run(
+        [sys.executable, "-c", KILLED, str(path), mode, folder, *at], timeout=60, check=True
+    )
+    resume(tmp_path / "run")
+    assert rows(tmp_path / "run") == rows(whole)
+    assert controller_states(tmp_path / "run") == controller_states(whole)
+
+
+def test_a_longer_campaign_equals_an_extended_one_with_every_controller_and_mode(
+    tmp_path: Path, controller: str, mode: str, whole: Path
+) -> None:
+    path = write_synthetic(tmp_path, trials=EXTENDED_AT, controller=controller)
+    start(load_campaign_config(str(path), [f"mode={mode}"]), tmp_path / "run")
+    resume(tmp_path / "run", [f"stop.trials={SHORT}"])
+    assert rows(tmp_path / "run") == rows(whole)
+    assert controller_states(tmp_path / "run") == controller_states(whole)
 
 
 RAY = "executor={name: ray, workers: 2, time_limit_s: 60}"
