@@ -83,21 +83,6 @@ def test_a_full_disk_is_one_sentence_and_the_campaign_goes_on_once_there_is_room
     assert rows(folder) == rows(quiet)
 
 
-def test_a_log_that_cannot_be_written_is_one_sentence(tmp_path: Path, quiet: Path) -> None:
-    config = write_synthetic(tmp_path, controller="random", trials=16)
-    folder = tmp_path / "run"
-    assert mnas("search", str(config), "--out", str(folder)).returncode == 0
-    (folder / "campaign.log").unlink()
-    (folder / "campaign.log").symlink_to("/dev/full")
-    done = mnas("resume", str(folder), f"stop.trials={TRIALS}")
-    assert done.returncode == 1
-    assert done.stderr.startswith("mnas: cannot write: [Errno 28] No space left on device")
-    assert done.stderr.count("\n") == 1
-    (folder / "campaign.log").unlink()
-    assert mnas("resume", str(folder)).returncode == 0
-    assert rows(folder) == rows(quiet)
-
-
 def test_a_locked_database_is_one_sentence_and_the_campaign_goes_on_once_it_is_free(
     tmp_path: Path, quiet: Path
 ) -> None:
