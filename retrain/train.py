@@ -7,6 +7,7 @@ and resumed at any step as if it had never stopped.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import time
@@ -82,11 +83,17 @@ def prepare_process(threads: int) -> None:
     """
     for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ.setdefault(name, str(threads))
-    target = ms.get_context("device_target")
-    ms.set_device(target)
     ms.set_context(mode=ms.GRAPH_MODE)
-    if target == "CPU":
+    if ms.get_context("device_target") == "CPU":
         ms.set_context(runtime_num_threads=threads)
+    else:
+        _take_device(ms.get_context("device_target"))
+
+
+@functools.cache
+def _take_device(target: str) -> None:
+    """Choose the NPU, once: MindSpore refuses it when it has computed something."""
+    ms.set_device(target)
 
 
 def warm_up(recipe: Recipe, *, threads: int) -> None:

@@ -81,7 +81,8 @@ def _waiting(config: CampaignConfig) -> str:
     if any(getattr(device, "shares_cores", False) for device in config.devices):
         waits.append("measuring waits for idle workers, because they share cores")
     elif config.devices:
-        waits.append("a network is measured before a worker gets it")
+        meanwhile = ", while others train" if config.mode == "async" else ""
+        waits.append(f"a network is measured before a worker gets it{meanwhile}")
     if not isinstance(config.executor, RayConfig):
         waits.append("one network is evaluated after another")
     elif config.mode == "async":

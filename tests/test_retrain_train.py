@@ -249,6 +249,16 @@ def steps_of(recipe: Recipe, count: int = 3) -> dict[str, np.ndarray]:
     return trainer.arrays()
 
 
+def test_on_an_npu_the_device_is_chosen_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    # A stand-in: MindSpore for CPUs says that it is for NPUs, and takes none.
+    chosen: list[str] = []
+    monkeypatch.setattr(ms, "get_context", lambda key: "Ascend")
+    monkeypatch.setattr(ms, "set_device", chosen.append)
+    loop.prepare_process(1)
+    loop.prepare_process(1)
+    assert chosen == ["Ascend"]
+
+
 def test_accumulated_passes_are_one_large_batch_and_a_loss_scale_leaves_no_trace() -> None:
     plain = dataclasses.replace(SGD, augment=AugmentConfig())
     changes = {"batch_size": 16, "accumulate": 2, "precision": PrecisionConfig(loss_scale=256.0)}
