@@ -32,8 +32,8 @@ def test_an_asynchronous_campaign_on_a_cluster_with_npus() -> None:
     assert lines["workers"] == "Ray workers x 8 threads and 1 NPU, as many as there is room for"
     assert lines["device"] == "android_onnxruntime: adb, 1 thread, float32"
     assert lines["waiting"] == (
-        "a network is measured before a worker gets it; a worker that is done gets the next"
-        " network at once"
+        "a network is measured before a worker gets it, while others train; a worker that is done"
+        " gets the next network at once"
     )
     assert lines["trials"] == (
         "8,000, async, in batches of 16; ends sooner at 1,000 networks trained or 2.5 hours"
