@@ -45,9 +45,10 @@ test: check
 test-all: check
 	timeout $(ALL_LIMIT) $(BIN)/python -m pytest -m "not parity and not chaos"
 
-# Converted networks beside timm's, torchvision's and MindCV's own; prints the differences.
+# Converted networks beside timm's, torchvision's and MindCV's own, with the differences; ONNX files
+# of 200 members of each space.
 parity: $(VENV)/installed-parity
-	timeout $(FAST_LIMIT) $(BIN)/python -m pytest -m parity -rP tests/test_parity.py
+	timeout $(ALL_LIMIT) $(BIN)/python -m pytest -m parity -rP tests/test_parity.py tests/test_onnx_parity.py
 
 # 100 kills of workers, nodes and drivers while MindSpore children train.
 chaos: $(VENV)/installed-dev

@@ -39,6 +39,7 @@ def connect(config: RayConfig) -> Any:
         environment = config.runtime_env or None
         if config.address is None:
             ray.init(
+                address="local",  # a cluster that happens to run on this machine is not joined
                 runtime_env=environment,
                 include_dashboard=False,
                 log_to_driver=False,

@@ -243,6 +243,18 @@ def test_a_bad_node_costs_no_trial(
 
 
 @pytest.mark.slow
+def test_a_campaign_of_this_machine_does_not_join_a_cluster_that_happens_to_run_here(
+    tmp_path: Path, cluster: Any
+) -> None:
+    cluster.add_node(num_cpus=1)
+    config = write_synthetic(tmp_path, trials=8)
+    own = "executor={name: ray, workers: 1}"
+    done = mnas("search", str(config), own, "--out", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert len(rows(tmp_path / "run")) == 8
+
+
+@pytest.mark.slow
 def test_code_of_a_user_reaches_the_nodes(tmp_path: Path, cluster: Any) -> None:
     cluster.add_node(num_cpus=1)
     package = tmp_path / "brought_along"

@@ -68,31 +68,30 @@ def test_a_graph_that_is_slightly_wrong_is_noticed(
     assert [len(row["failures"]) for row in rows] == [1]
 
 
-@pytest.mark.slow
+#: So many with the slow tests, and all that was asked of them with `make parity`.
+FEW_AND_MANY = [
+    pytest.param(40, 4, marks=pytest.mark.slow),
+    pytest.param(200, 12, marks=pytest.mark.parity),
+]
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("space", SPACES)
-def test_two_hundred_members_of_a_space_are_written_as_they_are(
-    space: str, tmp_path: Path
+@pytest.mark.parametrize(("members", "slow_writers"), FEW_AND_MANY)
+def test_members_of_a_space_are_written_as_they_are(
+    space: str, members: int, slow_writers: int, tmp_path: Path
 ) -> None:
-    """200 at 32 pixels by the direct writer, 5 more at the space's own resolution."""
-    rows = run_benchmark(tmp_path, space, members=200, full=5, writer="direct")
-    assert [row["members"] for row in rows] == [200, 5]
+    """At 32 pixels by the direct writer, 5 more at the space's own resolution."""
+    rows = run_benchmark(tmp_path, space, members=members, full=5, writer="direct")
+    assert [row["members"] for row in rows] == [members, 5]
     # In one network of some hundreds, random weights let activations grow until float32 itself is
     # wrong by more than the tolerance: PyTorch's logits then differ by as much from float64's.
     assert len(rows[0]["failures"]) <= 4, rows[0]
     assert rows[0]["max_abs_difference"] <= 20 * TOLERANCE
     assert rows[1]["failures"] == []
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("space", SPACES)
-def test_twelve_members_of_a_space_are_written_as_they_are_by_mindspore(
-    space: str, tmp_path: Path
-) -> None:
-    """12 at 32 pixels: this writer takes seconds for each. The benchmark does as many as asked."""
-    rows = run_benchmark(tmp_path, space, members=12, full=0, writer="mindspore")
-    assert [row["members"] for row in rows] == [12]
+    # MindSpore's own writer takes seconds for each.
+    rows = run_benchmark(tmp_path, space, members=slow_writers, full=0, writer="mindspore")
+    assert [row["members"] for row in rows] == [slow_writers]
     assert [row["failures"] for row in rows] == [[]]
 
 
