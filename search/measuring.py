@@ -28,6 +28,9 @@ logger = logging.getLogger(__name__)
 #: a campaign depends on it.
 REFERENCE_TRIES = 5
 
+#: A device that has no figure for so many networks in a row is gone, by the machine's fault each.
+LOST_AFTER = 10
+
 #: The metric of a finalist that was quantized: accuracy in int8, a fraction.
 INT8_ACCURACY = "int8_accuracy"
 
@@ -87,6 +90,7 @@ class Latencies:
         self._evaluator = evaluator
         self._store = store
         self._cache = cache
+        self._failures = dict.fromkeys(meters, 0)  # in a row
         self._targets = self._known_targets() or self._new_targets(reference)
         store.set_meta("targets", self._targets)
         store.set_meta("target_ms", self.target_ms)
@@ -104,6 +108,9 @@ class Latencies:
         Args:
             networks: Different ones.
             anew: Measure also what has been measured before.
+
+        Raises:
+            MeasurementError: A device is gone (`LOST_AFTER`): its networks wait for it.
         """
         waiting = {network.hash: network for network in networks}
         found: dict[str, dict[str, tuple[int, Measurement]]] = {key: {} for key in waiting}
@@ -111,9 +118,11 @@ class Latencies:
         for name, meter in self._meters.items():
             for network, outcome in self._on_one(meter, list(waiting.values()), anew=anew):
                 if isinstance(outcome, MeasurementError):
+                    self._note_failure(name, outcome)
                     del waiting[network.hash]
                     yield network, outcome
                     continue
+                self._failures[name] = 0
                 found[network.hash][name] = outcome
                 if len(found[network.hash]) == len(self._meters):
                     now = time.monotonic()
@@ -122,6 +131,17 @@ class Latencies:
         if not self._meters:
             for network in waiting.values():
                 yield network, Figures((), self._evaluator.metrics(network), 0.0)
+
+    def _note_failure(self, name: str, error: MeasurementError) -> None:
+        """Count a device's failures: one that is unplugged must not cost a campaign its trials."""
+        if error.cause != "infrastructure":
+            return
+        self._failures[name] += 1
+        if self._failures[name] >= LOST_AFTER:
+            raise MeasurementError(
+                f"{name} has given no figure for {LOST_AFTER} networks in a row, so the search"
+                f" stops; see to it and go on with `mnas resume`. The last time: {error}"
+            )
 
     def _on_one(
         self, meter: LatencyMeter, networks: list[Architecture], *, anew: bool

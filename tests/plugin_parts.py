@@ -81,6 +81,23 @@ class FaultyDevice(LatencyMeter):
         )
 
 
+class UnpluggedDevice(FaultyDevice):
+    """Has no figure while a file `unplugged` is there."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        self._unplugged = self._log.parent / "unplugged"
+
+    def measure(
+        self, architecture: Architecture, style: NetworkStyle = PAPER_STYLE
+    ) -> Measurement:
+        if self._unplugged.exists():
+            raise MeasurementError("no device is attached")
+        return Measurement(
+            (1.0,) * 3, 1, 0, 1, graph_hash(architecture, style), self.identity(), {}, {}
+        )
+
+
 class Rendezvous:
     """A training and a measurement that each wait for the other to have begun."""
 

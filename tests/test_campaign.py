@@ -19,7 +19,7 @@ from search.engine import resume, start
 from search.store import Store
 from space.architecture import parse_architecture
 from space.cost import count
-from space.errors import ConfigError
+from space.errors import ConfigError, MeasurementError
 from space.records import shipped_names
 
 
@@ -101,6 +101,28 @@ def test_a_network_that_comes_back_is_trained_again_and_its_mean_counts(
     # The first training's luck makes it nobody's best.
     assert outcome.best is not None
     assert outcome.best.id == 2
+
+
+@pytest.mark.parametrize("mode", ["sync", "async"])
+def test_a_device_that_is_gone_stops_the_search_and_its_networks_wait_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.syspath_prepend(str(TESTS))
+    options = {"log": str(tmp_path / "log")}
+    config = plugin_config(
+        tmp_path,
+        mode=mode,
+        device={"class": "plugin_parts:UnpluggedDevice", "options": options},
+        objective={"name": "soft", "target_ms": 1.0},
+    )
+    (tmp_path / "unplugged").touch()
+    with pytest.raises(MeasurementError, match="no figure for 10 networks in a row, so the sea"):
+        start(config, tmp_path / "run")
+    (tmp_path / "unplugged").unlink()
+    resume(tmp_path / "run")
+    trials = Store(tmp_path / "run" / "campaign.db", read_only=True).trials()
+    outcomes = [trial.outcome for trial in trials]
+    assert outcomes == ["failed"] * 9 + ["completed"] * 23
 
 
 def test_what_a_failed_trial_left_is_removed(
