@@ -4,10 +4,10 @@ A *slot* is a placement group with the CPUs of one worker. The worker is an acto
 MindSpore process; it is replaced after `trials_per_process` trials or above `max_memory_mb`, and
 its successor is started and warmed up in the same slot one trial ahead.
 
-A worker that dies takes only its own job with it: the job is tried again, on another node where
-there is one, `retries` times, and then fails. So is a job that failed by the machine's fault; one
-whose failure may be the machine's or the network's is tried once more. A network that killed every
-worker it was given to is quarantined.
+A worker that dies takes only its own job with it: the job is tried again, on another node or at
+least in another slot where there is one, `retries` times, and then fails. So is a job that failed
+by the machine's fault; one whose failure may be the machine's or the network's is tried once more.
+A network that killed every worker it was given to is quarantined.
 
 When a node dies, Ray looks for another place for its slots; those that find none wait for a node
 to come. Where the number of workers is left to the cluster, a new node's CPUs become new slots. A
@@ -56,10 +56,10 @@ NO_WORKER_LIMIT_S = 600.0
 class _Process:
     """A worker process as the driver sees it."""
 
-    def __init__(self, actor: Any, warm: Any, nodes_lost: int) -> None:
+    def __init__(self, actor: Any, warm: Any, node: str) -> None:
         self.actor = actor
         self.warm = warm
-        self.nodes_lost = nodes_lost  # by the cluster, when it was started
+        self.node = node
         self.warm_since = time.monotonic()
         self.ready = False
         self.trials = 0
@@ -89,10 +89,10 @@ class _Slot:
 class _Running:
     """A job on a worker."""
 
-    def __init__(self, waiting: _Waiting, result: Any, nodes_lost: int) -> None:
+    def __init__(self, waiting: _Waiting, result: Any, node: str) -> None:
         self.waiting = waiting
         self.result = result
-        self.nodes_lost = nodes_lost  # by the cluster, when it started
+        self.node = node
         self.started = time.monotonic()
 
 
@@ -105,8 +105,11 @@ class _Waiting:
         self.attempts = 0
         self.nodes_lost = 0  # while it ran there
         self.workers_killed = 0  # by it, for all that is known
+        self.doubtful = 0  # failures that may be the network's fault
         self.not_before = self.submitted
-        self.tried: set[str] = set()  # nodes where it failed by what may be their fault
+        # Where it failed by what may be their fault: slots, by id(), and nodes.
+        self.tried_slots: set[int] = set()
+        self.tried_nodes: set[str | None] = set()
 
 
 class RayExecutor(Executor):
@@ -125,11 +128,9 @@ class RayExecutor(Executor):
         self._evaluator = evaluator
         self._queue: collections.deque[_Waiting] = collections.deque()
         self._start_failure = ""  # of the worker that died last before it was ready
-        self._failed_starts: int | None = 0  # None once any worker was ready
+        self._any_ready = False
         self._ray = connect(config)
         self._actor_class = self._ray.remote(Worker)
-        self._nodes: set[str] = set()
-        self._nodes_lost = 0
         self._followed = self._last_able = time.monotonic()
         self._slots = self._reserve()
         self._evaluator_ref = self._ray.put(evaluator)
@@ -149,8 +150,8 @@ class RayExecutor(Executor):
         """Return the jobs that ended; start queued ones on the workers that came free."""
         deadline = time.monotonic() + timeout_s
         while True:
-            self._follow()
             self._check_starts()
+            self._follow()
             self._dispatch()
             pending = [slot.running.result for slot in self._slots if slot.running]
             pending += [p.warm for p in self._processes() if not p.ready]
@@ -174,8 +175,8 @@ class RayExecutor(Executor):
     def quiesce(self) -> None:
         """Wait until no worker starts or warms up; only called while no job runs."""
         while any(not process.ready for process in self._processes()):
-            self._follow()
             self._check_starts()
+            self._follow()
             starting = [p.warm for p in self._processes() if not p.ready]
             if starting:
                 self._ray.wait(starting, num_returns=len(starting), timeout=1.0)
@@ -260,12 +261,8 @@ class RayExecutor(Executor):
 
     def _look(self) -> None:
         """Find out which slots have a node; make slots of what new nodes offer."""
-        alive = self._alive()
-        ids = {node["NodeID"] for node in alive}
-        self._nodes_lost += len(self._nodes - ids)
-        self._nodes = ids
         if self._config.workers is None:
-            room = sum(self._room(node) for node in alive)
+            room = sum(self._room(node) for node in self._alive())
             for _ in range(room - len(self._slots)):
                 self._slots.append(_Slot(self._group()))
         for slot in self._slots:
@@ -280,13 +277,15 @@ class RayExecutor(Executor):
         slot.node = node
         if slot.running is not None:
             return
-        if node is None:
-            for process in (slot.process, slot.successor):
-                if process is not None:
-                    self._ray.kill(process.actor)
-            slot.process = slot.successor = None
-        elif slot.process is None:
-            slot.process = self._start(slot)
+        slot.process = self._still_there(slot, slot.process) or self._start(slot)
+        slot.successor = self._still_there(slot, slot.successor)
+
+    def _still_there(self, slot: _Slot, process: _Process | None) -> _Process | None:
+        """A process, if it is on the node that its slot has now."""
+        if process is None or process.node == slot.node:
+            return process
+        self._ray.kill(process.actor)
+        return None
 
     def _start(self, slot: _Slot) -> _Process | None:
         """A new process in a slot, unless it has no node or has to wait."""
@@ -307,7 +306,7 @@ class RayExecutor(Executor):
             self._config.threads,
             self._place_on(slot.node, slot) if self._config.pin else None,
         )
-        return _Process(actor, actor.warm_up.remote(), self._nodes_lost)
+        return _Process(actor, actor.warm_up.remote(), slot.node)
 
     def _place_on(self, node: str, slot: _Slot) -> int:
         """The how manieth of its node's workers a slot is."""
@@ -333,46 +332,43 @@ class RayExecutor(Executor):
             return process
         reason = self._why_not_ready(process)
         if reason is None:
-            process.ready = True
-            slot.failed_starts, self._failed_starts = 0, None
+            process.ready = self._any_ready = True
+            slot.failed_starts = 0
             return process
         self._ray.kill(process.actor)
-        if self._node_lost_since(process.nodes_lost):
+        if self._is_gone(process.node):
             return self._start(slot)
-        self._start_failure = reason
-        if self._failed_starts is not None:
-            self._failed_starts += 1
-            if self._failed_starts >= MAX_FAILED_STARTS:
-                raise ConfigError(
-                    f"executor: {self._failed_starts} workers in a row died at their start:"
-                    f" {reason}"
-                )
+        self._start_failure = str(reason)
         pause = _pause_s(slot.failed_starts)
         slot.failed_starts += 1
         slot.not_before = time.monotonic() + pause
+        if not self._any_ready and all(p.ready for p in self._processes() if p is not process):
+            self._give_up(reason)
         logger.warning("a worker died at its start; another one starts in %g s: %s", pause, reason)
         return None
 
-    def _node_lost_since(self, nodes_lost: int) -> bool:
-        """Whether a node went away since so many had: a process's death is then no wonder."""
-        self._look()
-        return self._nodes_lost > nodes_lost
+    def _give_up(self, reason: str | ConfigError) -> None:
+        """End the campaign if it looks as if no worker could ever start anywhere."""
+        if isinstance(reason, ConfigError):
+            raise reason from None
+        failed = sum(slot.failed_starts for slot in self._slots)
+        if failed >= MAX_FAILED_STARTS:
+            raise ConfigError(f"executor: {failed} workers in a row died at their start: {reason}")
+
+    def _is_gone(self, node: str) -> bool:
+        """Whether a node has left the cluster: a process's death is then no wonder."""
+        return node not in {each["NodeID"] for each in self._alive()}
 
     def _start_ended(self, process: _Process) -> bool:
         ready, _ = self._ray.wait([process.warm], timeout=0)
         return bool(ready) or time.monotonic() - process.warm_since > START_LIMIT_S
 
-    def _why_not_ready(self, process: _Process) -> str | None:
-        """Why the start of a process failed; None if it is ready."""
+    def _why_not_ready(self, process: _Process) -> str | ConfigError | None:
+        """Why the start of a process failed, or its evaluator's refusal; None if it is ready."""
         try:
             process.memory_mb = self._ray.get(process.warm, timeout=0.1)
         except self._ray.exceptions.RayTaskError as error:
-            cause = error.cause
-            # The evaluator itself refused: where none was ever ready, the configuration is wrong;
-            # where some were, this node lacks something.
-            if isinstance(cause, ConfigError) and self._failed_starts is not None:
-                raise cause from None
-            return str(cause)
+            return error.cause if isinstance(error.cause, ConfigError) else str(error.cause)
         except self._ray.exceptions.RayError as error:
             return f"{type(error).__name__}: {gist(error)}"
         return None
@@ -391,7 +387,7 @@ class RayExecutor(Executor):
             waiting.attempts += 1
             process.trials += 1
             result = process.actor.run.remote(waiting.job, self._config.time_limit_s)
-            slot.running = _Running(waiting, result, self._nodes_lost)
+            slot.running = _Running(waiting, result, process.node)
             if self._nears_its_end(process) and slot.successor is None:
                 slot.successor = self._start(slot)
 
@@ -406,20 +402,21 @@ class RayExecutor(Executor):
         """Take the first job from the queue that this slot may have now.
 
         A job that failed by what may be a node's fault waits a while, and is then left to a worker
-        of another node, where there is one.
+        of another node, or else in another slot, where there is one.
         """
         now = time.monotonic()
         for waiting in self._queue:
-            if now < waiting.not_before:
-                continue
-            if slot.node not in waiting.tried or not self._able_nodes() - waiting.tried:
+            if now >= waiting.not_before and slot in self._fit_for(waiting):
                 self._queue.remove(waiting)
                 return waiting
         return None
 
-    def _able_nodes(self) -> set[str | None]:
-        """The nodes whose workers start, so that a job may wait for one of them."""
-        return {slot.node for slot in self._slots if slot.node and not slot.failed_starts}
+    def _fit_for(self, waiting: _Waiting) -> list[_Slot]:
+        """The slots, busy or not, that a job is left to."""
+        able = [slot for slot in self._slots if slot.node and not slot.failed_starts]
+        elsewhere = [slot for slot in able if slot.node not in waiting.tried_nodes]
+        others = [slot for slot in able if id(slot) not in waiting.tried_slots]
+        return elsewhere or others or able
 
     def _recycle(self, slot: _Slot) -> None:
         """Replace an idle process that has done its share."""
@@ -449,33 +446,32 @@ class RayExecutor(Executor):
         slot.running = None
         if not ready:
             self._replace(slot)
-            reason = (
-                f"time limit of {self._config.time_limit_s:g} s reached; the worker was killed"
-            )
-            return [self._end(running, Failure(reason, "architecture"))]
-        node = slot.node
+            # It was to end by itself before: a network that is slow, or an NPU that hangs.
+            limit = f"time limit of {self._config.time_limit_s:g} s reached"
+            failure = Failure(f"{limit}; the worker was killed", "architecture", confirmed=False)
+            return self._failed(slot, running, failure)
         try:
             outcome, memory_mb = self._ray.get(running.result)
         except self._ray.exceptions.RayError as error:
-            return self._worker_died(slot, running, node, error)
+            return self._worker_died(slot, running, error)
         slot.process.grown_to(memory_mb)
         if not isinstance(outcome, Failure):
             return [self._end(running, outcome)]
-        return self._failed(slot, running, node, outcome)
+        if outcome.cause == "infrastructure" or not outcome.confirmed:
+            self._replace(slot)  # something is wrong with it
+        return self._failed(slot, running, outcome)
 
-    def _worker_died(
-        self, slot: _Slot, running: _Running, node: str | None, error: Exception
-    ) -> list[Finished]:
+    def _worker_died(self, slot: _Slot, running: _Running, error: Exception) -> list[Finished]:
         """A job may have killed its worker; that a node went away is not its fault."""
         waiting = running.waiting
-        if self._node_lost_since(running.nodes_lost):
-            waiting.nodes_lost += 1
-            node = None
-        else:
-            waiting.workers_killed += 1
+        gone = self._is_gone(running.node)
+        waiting.nodes_lost += gone
+        waiting.workers_killed += not gone
         self._replace(slot)
         if waiting.attempts - waiting.nodes_lost <= self._config.retries:
-            return self._again(waiting, node, f"its worker died ({gist(error)})")
+            if not gone:
+                self._avoid(waiting, slot, running.node)
+            return self._again(waiting, f"its worker died ({gist(error)})")
         failure = Failure(
             f"its worker died {waiting.attempts} times: {gist(error)}",
             "infrastructure",
@@ -484,28 +480,28 @@ class RayExecutor(Executor):
         )
         return [self._end(running, failure)]
 
-    def _failed(
-        self, slot: _Slot, running: _Running, node: str | None, failure: Failure
-    ) -> list[Finished]:
-        """A failure that is not surely the network's is looked at again, by a fresh process."""
+    def _failed(self, slot: _Slot, running: _Running, failure: Failure) -> list[Finished]:
+        """A failure that is not surely the network's is looked at again, elsewhere."""
         waiting = running.waiting
-        sure = failure.cause == "architecture" and failure.confirmed
+        waiting.doubtful += not failure.confirmed
         # Once more is enough for what may be the network's own fault.
-        tries = self._config.retries
-        tries = tries if failure.cause == "infrastructure" else min(1, tries)
-        if sure or waiting.attempts - waiting.nodes_lost > tries:
-            confirmed = failure.confirmed or waiting.attempts - waiting.nodes_lost > 1
+        sure = failure.cause == "architecture" and (failure.confirmed or waiting.doubtful > 1)
+        if sure or waiting.attempts - waiting.nodes_lost > self._config.retries:
+            confirmed = failure.confirmed or waiting.doubtful > 1
             return [self._end(running, replace(failure, confirmed=confirmed))]
-        self._replace(slot)
-        return self._again(waiting, node, f"it failed ({failure.reason})")
+        self._avoid(waiting, slot, running.node)
+        return self._again(waiting, f"it failed ({failure.reason})")
 
-    def _again(self, waiting: _Waiting, node: str | None, reason: str) -> list[Finished]:
+    def _avoid(self, waiting: _Waiting, slot: _Slot, node: str) -> None:
+        """Note where a job has failed by what may be the machine's fault."""
+        waiting.tried_slots.add(id(slot))
+        waiting.tried_nodes.add(node)
+
+    def _again(self, waiting: _Waiting, reason: str) -> list[Finished]:
         """Put a job back at the head of the queue."""
         own = waiting.attempts - waiting.nodes_lost
         pause = _pause_s(own - 1) if own else 0.0
         waiting.not_before = time.monotonic() + pause
-        if node is not None:
-            waiting.tried.add(node)
         logger.warning(
             "trial %d: %s; it is tried again in %g s",
             waiting.job.trial_id,
@@ -519,7 +515,7 @@ class RayExecutor(Executor):
     def _replace(self, slot: _Slot) -> None:
         if slot.process is not None:  # it went with its node otherwise
             self._ray.kill(slot.process.actor)
-        slot.process = slot.successor or self._start(slot)
+        slot.process = self._still_there(slot, slot.successor) or self._start(slot)
         slot.successor = None
 
     def _end(self, running: _Running, outcome: Evaluation | Stopped | Failure) -> Finished:
