@@ -21,6 +21,9 @@ _PIPE_S = 2.0
 #: More output than this is no answer; the program is killed.
 MOST_BYTES = 8_000_000
 
+#: What `run_to_end` waits for in any thread, for `end_running`.
+_running: set[subprocess.Popen[bytes]] = set()
+
 
 @contextlib.contextmanager
 def temporary_folder() -> Iterator[Path]:
@@ -85,11 +88,13 @@ def run_to_end(
     feeder = threading.Thread(target=_feed, args=(process.stdin, given), daemon=True)
     feeder.start()
     ending = "ended"
+    _running.add(process)
     try:
         process.wait(timeout_s)
     except subprocess.TimeoutExpired:
         ending = "time"
     finally:
+        _running.discard(process)
         kill_group(process)
         # A daemon that the program left behind, in a group of its own, may hold the pipes open.
         for thread in (feeder, output, errors):
@@ -101,6 +106,12 @@ def run_to_end(
     if output.overflowed or errors.overflowed:
         ending = "output"
     return Finished(process.returncode, output.text, errors.text, ending)
+
+
+def end_running() -> None:
+    """Kill the programs that other threads wait for, with all that they started."""
+    for process in list(_running):
+        kill_group(process)
 
 
 class _Reader(threading.Thread):

@@ -16,6 +16,7 @@ on from it, evaluates what had no result, and learns first from what nobody had 
 from __future__ import annotations
 
 import logging
+from contextlib import AbstractContextManager
 
 from controller.base import Controller, state_from_bytes, state_to_bytes
 from controller.ppo import PPOConfig
@@ -159,12 +160,8 @@ class AsyncSearch(Search):
         for follower in self._followers.pop(trial.architecture_hash):
             self._start(follower, executor)
 
-    def _probe(self, controller: Controller, count: int) -> None:
-        if self._measuring is None:
-            super()._probe(controller, count)
-            return
-        with self._measuring.in_use:
-            super()._probe(controller, count)
+    def _devices(self) -> AbstractContextManager[object]:
+        return super()._devices() if self._measuring is None else self._measuring.in_use
 
     def _finish(self, trial: Trial) -> None:
         super()._finish(trial)

@@ -26,7 +26,8 @@ class History:
 
     Attributes:
         ids: int64, (n,).
-        reward, accuracy, latency_ms: float64, (n,); nan where one is missing.
+        reward, accuracy, latency_ms: float64, (n,); nan where one is missing, or where the
+            network was trained again and the mean counts.
         hours: float64, (n,): from the first proposal to each result, pauses of the campaign
             included; nan without a result.
     """
@@ -81,8 +82,11 @@ class History:
 
 def read_history(store: Store) -> History:
     """Read a campaign's trials once."""
+    superseded = store.superseded()
     rows = [
-        (row.id, row.reward, row.accuracy, row.latency_ms, row.finished_at)
+        (row.id, None, None, None, row.finished_at)
+        if row.id in superseded
+        else (row.id, row.reward, row.accuracy, row.latency_ms, row.finished_at)
         for row in store.figures()
         if row.id >= 0
     ]

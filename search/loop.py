@@ -13,6 +13,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -27,7 +28,6 @@ from search.measuring import Figures
 from search.objective import Objective
 from search.parts import Parts
 from search.stop import Tally
-from search.store import SEVERAL_TRAININGS
 from search.trial import Failure, Trial
 from search.warm_start import carry_over
 from space.architecture import Architecture
@@ -104,8 +104,6 @@ class Search:
             self._early_stop = EarlyStop(
                 self.config.early_stop, self.objective, parts.epochs, self.store.learned_trials()
             )
-        if self.config.trainings_per_network > 1:
-            self.store.set_meta(SEVERAL_TRAININGS, True)
         self._batch: dict[int, Trial] = {}
         self._networks: dict[int, Architecture] = {}
         self._next_id, self._next_batch = self.store.next_ids()
@@ -186,14 +184,21 @@ class Search:
     def _probe(self, controller: Controller, count: int) -> None:
         """Tell the controller the metrics that it asks for before it proposes."""
         wanted = {self.parts.space.decode(tokens): tokens for tokens in controller.probe(count)}
+        if not wanted:
+            return
         known = []
-        for network, figures in self.latencies.measure(wanted):
-            if isinstance(figures, MeasurementError):
-                logger.warning("a network that was only to be measured failed: %s", figures)
-            elif figures.metrics:
-                known.append((wanted[network], figures.metrics))
+        with self._devices():
+            for network, figures in self.latencies.measure(wanted):
+                if isinstance(figures, MeasurementError):
+                    logger.warning("a network that was only to be measured failed: %s", figures)
+                elif figures.metrics:
+                    known.append((wanted[network], figures.metrics))
         if known:
             controller.observe_metrics(known)
+
+    def _devices(self) -> AbstractContextManager[object]:
+        """Keeps the devices to who enters it; there is nobody else here."""
+        return nullcontext()
 
     def _evaluate(self, trials: Sequence[Trial], executor: Executor | None) -> list[Trial]:
         """Give every trial of a batch its result, transaction (b) for each; return them all."""
@@ -214,15 +219,22 @@ class Search:
             assert executor is not None  # made as soon as some trial is open
             self._train(self._measure(to_train, executor), executor)
         self.watcher.phase("reuse", len(followers))
-        for trial in followers:
-            original = self._original(trial.architecture_hash)
-            if original is None:
-                # The one it waited for failed by the machine's fault, or the mean wants more
-                # trainings: it does the work itself.
+        while followers:
+            # One of each network at a time, since a result settles what becomes of the next.
+            first = {trial.architecture_hash: trial for trial in reversed(followers)}
+            followers = [t for t in followers if t is not first[t.architecture_hash]]
+            to_train = []
+            for trial in sorted(first.values(), key=lambda trial: trial.id):
+                original = self._original(trial.architecture_hash)
+                if original is None:
+                    # The one it waited for failed by the machine's fault, or the mean wants more
+                    # trainings: it does the work itself.
+                    to_train.append(trial)
+                else:
+                    self._reuse(trial, original)
+            if to_train:
                 assert executor is not None  # its leader was open, too
-                self._train(self._measure([trial], executor), executor)
-            else:
-                self._reuse(trial, original)
+                self._train(self._measure(to_train, executor), executor)
         return list(self._batch.values())
 
     def _measure(self, trials: Sequence[Trial], executor: Executor) -> list[Trial]:
@@ -345,7 +357,7 @@ class Search:
         if self.config.trainings_per_network == 1:
             return []
         own = self._own_results([trial.architecture_hash]).get(trial.architecture_hash, [])
-        return [before for before in own if before.outcome == "completed"]
+        return _completed(own)
 
     def _rewarded(self, accuracy: float, metrics: dict[str, float]) -> dict[str, Any]:
         """What a trial becomes by these figures: completed, or failed if they give no reward."""
@@ -383,10 +395,15 @@ class Search:
         """Transaction (b)."""
         if trial.finished_at is None:
             trial = replace(trial, finished_at=time.time())
-        if not self.store.finish_trial(trial):
+        superseded: list[int] = []
+        if trial.outcome == "completed":
+            superseded = [before.id for before in self._earlier_trainings(trial)]
+        if not self.store.finish_trial(trial, superseded):
             raise RuntimeError(f"trial {trial.id} already had a result: two writers?")
         self._batch[trial.id] = trial
         self._tally.note(trial)
+        if superseded:
+            self._tally.note_best(self.store)
         tell_end(trial)
         if trial.failure is not None:
             self.parts.evaluator.forget(self._network(trial), seed=trial.seed)
@@ -480,24 +497,27 @@ class Search:
 
     def _settled(self, own: Sequence[Trial]) -> bool:
         """Whether a network with these results needs no further training."""
-        return bool(own) and (
-            own[-1].outcome != "completed" or len(own) >= self.config.trainings_per_network
-        )
+        return bool(own) and (not _completed(own) or len(own) >= self.config.trainings_per_network)
 
     def _original(self, architecture_hash: str) -> Trial | None:
         """The trial whose result identical networks take, if there is one."""
         own = self._own_results([architecture_hash]).get(architecture_hash, [])
-        return own[-1] if self._settled(own) else None
+        return (_completed(own) or own)[-1] if self._settled(own) else None
 
     def _end(self, controller: Controller, reason: str) -> None:
         """Record why the search ended and which networks the controller would hand over."""
         hashes = [self.parts.space.decode(t).hash for t in controller.recommend(RECOMMENDED)]
         own = self._own_results(hashes)
-        self.store.set_meta("recommended", [own[key][-1].id for key in hashes if key in own])
+        last = [(_completed(own[key]) or own[key])[-1] for key in hashes if key in own]
+        self.store.set_meta("recommended", [trial.id for trial in last])
         self.store.set_meta("stop_reason", reason)
 
     def _note_time(self) -> None:
         self.store.set_meta("spent_s", self._tally.spent_s())
+
+
+def _completed(trials: Sequence[Trial]) -> list[Trial]:
+    return [trial for trial in trials if trial.outcome == "completed"]
 
 
 def learn(controller: Controller, trials: Sequence[Trial]) -> None:

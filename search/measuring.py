@@ -30,6 +30,8 @@ REFERENCE_TRIES = 5
 
 #: A device that has no figure for so many networks in a row is gone, by the machine's fault each.
 LOST_AFTER = 10
+#: The pauses before a device that does not answer is asked again; then it is gone.
+PAUSES_S = (1.0, 4.0, 15.0)
 
 #: The metric of a finalist that was quantized: accuracy in int8, a fraction.
 INT8_ACCURACY = "int8_accuracy"
@@ -91,6 +93,7 @@ class Latencies:
         self._store = store
         self._cache = cache
         self._failures = dict.fromkeys(meters, 0)  # in a row
+        self._last_failure: dict[str, MeasurementError] = {}
         self._targets = self._known_targets() or self._new_targets(reference)
         store.set_meta("targets", self._targets)
         store.set_meta("target_ms", self.target_ms)
@@ -116,13 +119,11 @@ class Latencies:
         found: dict[str, dict[str, tuple[int, Measurement]]] = {key: {} for key in waiting}
         before = time.monotonic()
         for name, meter in self._meters.items():
-            for network, outcome in self._on_one(meter, list(waiting.values()), anew=anew):
+            for network, outcome in self._on_one(name, meter, list(waiting.values()), anew=anew):
                 if isinstance(outcome, MeasurementError):
-                    self._note_failure(name, outcome)
                     del waiting[network.hash]
                     yield network, outcome
                     continue
-                self._failures[name] = 0
                 found[network.hash][name] = outcome
                 if len(found[network.hash]) == len(self._meters):
                     now = time.monotonic()
@@ -134,24 +135,19 @@ class Latencies:
 
     def _note_failure(self, name: str, error: MeasurementError) -> None:
         """Count a device's failures: one that is unplugged must not cost a campaign its trials."""
-        if error.cause != "infrastructure":
+        # One failure may be that of several networks that were to be measured together.
+        if error.cause != "infrastructure" or error is self._last_failure.get(name):
             return
+        self._last_failure[name] = error
         self._failures[name] += 1
         if self._failures[name] >= LOST_AFTER:
-            raise MeasurementError(
-                f"{name} has given no figure for {LOST_AFTER} networks in a row, so the search"
-                f" stops; see to it and go on with `mnas resume`. The last time: {error}"
-            )
+            raise _gone(f"has given no figure for {LOST_AFTER} networks in a row", name, error)
 
     def _on_one(
-        self, meter: LatencyMeter, networks: list[Architecture], *, anew: bool
+        self, name: str, meter: LatencyMeter, networks: list[Architecture], *, anew: bool
     ) -> Iterator[tuple[Architecture, tuple[int, Measurement] | MeasurementError]]:
         """The networks' measurements on one device, from the databases or the device."""
-        try:
-            device = fingerprint(meter.identity())
-        except MeasurementError as error:
-            yield from ((network, error) for network in networks)
-            return
+        device = _identified(name, meter)
         missing = []
         for network in networks:
             known = None if anew else self._known(graph_hash(network), device)
@@ -161,8 +157,10 @@ class Latencies:
                 yield network, known
         for network, outcome in meter.measure_all(missing):
             if isinstance(outcome, MeasurementError):
+                self._note_failure(name, outcome)
                 yield network, outcome
             else:
+                self._failures[name] = 0
                 kept = (self._store.add_measurement(outcome), outcome)
                 if self._cache is not None:
                     self._cache.add(outcome)
@@ -228,7 +226,11 @@ class Latencies:
         """The reference's measurement: a good one, or after several the least noisy."""
         taken: list[tuple[int, Measurement]] = []
         while len(taken) < REFERENCE_TRIES:
-            ((_, outcome),) = self._on_one(meter, [reference], anew=bool(taken))
+            outcome: tuple[int, Measurement] | MeasurementError
+            try:
+                ((_, outcome),) = self._on_one(name, meter, [reference], anew=bool(taken))
+            except MeasurementError as error:
+                outcome = error
             if isinstance(outcome, MeasurementError):
                 if taken:
                     break
@@ -248,3 +250,27 @@ class Latencies:
         logger.warning("%s", sentence)
         self._store.add_event("target", sentence)
         return best
+
+
+def _identified(name: str, meter: LatencyMeter) -> str:
+    """A device's fingerprint; it may answer a little later.
+
+    Raises:
+        MeasurementError: It does not.
+    """
+    for pause in (*PAUSES_S, None):
+        try:
+            return fingerprint(meter.identity())
+        except MeasurementError as error:
+            if pause is None:
+                raise _gone("does not answer", name, error) from error
+            logger.warning("%s: %s; it is asked again in %g s", name, error, pause)
+            time.sleep(pause)
+    raise AssertionError  # the last round returns or raises
+
+
+def _gone(what: str, name: str, error: MeasurementError) -> MeasurementError:
+    return MeasurementError(
+        f"{name} {what}, so the search stops; see to it and go on with `mnas resume`. The last"
+        f" time: {error}"
+    )

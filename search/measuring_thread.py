@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+from latency.processes import end_running
 from search.measuring import Figures, Latencies
 from search.store import Store
 from space.architecture import Architecture
@@ -32,6 +33,7 @@ class MeasuringThread:
         self._latencies = latencies
         self._asked: queue.SimpleQueue[Architecture | None] = queue.SimpleQueue()
         self._found: queue.SimpleQueue[Found | Exception] = queue.SimpleQueue()
+        self._ended = threading.Event()
         #: Held while the devices are in use; who else uses them takes it, too.
         self.in_use = threading.Lock()
         self._thread = threading.Thread(target=self._work, name="measuring", daemon=True)
@@ -58,9 +60,16 @@ class MeasuringThread:
             return found
 
     def close(self) -> None:
-        """End the thread after the network that it measures; those that wait are dropped."""
+        """End the thread after the network that it measures; those that wait are dropped.
+
+        A measurement that takes long is broken off: no program of it outlives the campaign.
+        """
+        self._ended.set()
         self._asked.put(None)
         self._thread.join(timeout=END_LIMIT_S)
+        if self._thread.is_alive():
+            end_running()
+            self._thread.join(timeout=END_LIMIT_S)
 
     def _work(self) -> None:
         try:
@@ -73,6 +82,8 @@ class MeasuringThread:
                     with self.in_use:
                         for found in latencies.measure(networks):
                             self._found.put(found)
+                            if self._ended.is_set():
+                                return
         except Exception as error:
             # The search's own thread raises it.
             self._found.put(error)

@@ -60,7 +60,8 @@ class Scan:
 
     Attributes:
         search: int64, (n,): ids of the search's trials.
-        scored: int64, (m,): ids of those that have a reward; the next three go with it.
+        scored: int64, (m,): ids of those that have a reward; the next three go with it. Of a
+            network that was trained several times the last training, whose accuracy is their mean.
         reward, accuracy, latency_ms: float64, (m,); nan where one is missing.
         completed: bool, (m,): trained, not reused.
         others: Ids of finalists and the like.
@@ -238,13 +239,14 @@ def _scan(store: Store) -> Scan:
     others: list[int] = []
     outcomes: Counter[str] = Counter()
     kinds: dict[tuple[str, str, str], Kind] = {}
+    superseded = store.superseded()
     for row in store.figures():
         if row.id < 0:
             others.append(row.id)
         else:
             search.append(row.id)
             outcomes[row.outcome or "pending"] += 1
-            if row.reward is not None:
+            if row.reward is not None and row.id not in superseded:
                 accuracy, latency_ms = _nan(row.accuracy), _nan(row.latency_ms)
                 completed = row.outcome == "completed"
                 scored.append((row.id, row.reward, accuracy, latency_ms, completed))
@@ -298,7 +300,8 @@ def _choose(store: Store, scan: Scan, seed: int) -> Shown:
         )
     trials = store.trials_by_id(list(ids))
     measured = {key for trial in trials for key in trial.measurement_ids}
-    searched = [trial for trial in trials if trial.id >= 0]
+    superseded = store.superseded()
+    searched = [trial for trial in trials if trial.id >= 0 and trial.id not in superseded]
     return Shown(
         trials=trials,
         front=front.tolist(),

@@ -45,8 +45,8 @@ class Tally:
         self._training_s = 0.0 if stop.training_hours is None else store.training_s()
         self._last_success = store.last_success()
         self._last_failure = store.last_failure()
-        best = store.best(1)
-        self._best = (best[0].reward or 0.0, best[0].id) if best else (-math.inf, -1)
+        self._best = (-math.inf, -1)
+        self.note_best(store)
         self._spent_s: float = store.meta("spent_s", 0.0)
         self._started = clock()
 
@@ -75,6 +75,11 @@ class Tally:
             self._best = trial.reward, trial.id
         if trial.failure is not None:
             self._last_failure = trial.failure.reason
+
+    def note_best(self, store: Store) -> None:
+        """Look for the best trial anew: the one that was may have been trained again."""
+        best = store.best(1)
+        self._best = (best[0].reward or 0.0, best[0].id) if best else (-math.inf, -1)
 
     def note_batch(self, trials: Sequence[Trial]) -> None:
         """Count a batch that the controller learned from."""

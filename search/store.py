@@ -119,12 +119,8 @@ _SEARCHED_ROLES: tuple[Role, ...] = ("search", "baseline")
 _SEARCHED = "id >= 0"
 #: Whatever became of a trial, the machine is not to blame.
 _OWN_FAULT = "coalesce(json_extract(failure, '$.cause'), '') <> 'infrastructure'"
-#: The key of meta that is there if networks are trained several times.
-SEVERAL_TRAININGS = "several_trainings"
-_LAST_TRAINING = (
-    "AND NOT EXISTS (SELECT 1 FROM trial WHERE architecture_hash = own.architecture_hash"
-    " AND id > own.id AND outcome = 'completed' AND epochs = own.epochs)"
-)
+#: The key of meta with the trials that are no network's last training.
+_SUPERSEDED = "superseded"
 _NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs"})
 
 #: Rows that one short read takes, and ids that one statement names.
@@ -242,8 +238,20 @@ class Store:
                 [(trial_id,) for trial_id in ids],
             )
 
-    def finish_trial(self, trial: Trial) -> bool:
-        """(b) Record a result; exactly once: False if the trial already had one."""
+    def finish_trial(self, trial: Trial, superseded: Sequence[int] = ()) -> bool:
+        """(b) Record a result; exactly once: False if the trial already had one.
+
+        Args:
+            trial: With its outcome.
+            superseded: Ids of the earlier trainings that its accuracy is the mean of, too.
+        """
+        if superseded:
+            with self._transaction():
+                self.set_meta(_SUPERSEDED, sorted({*self.superseded(), *superseded}))
+                return self._finish(trial)
+        return self._finish(trial)
+
+    def _finish(self, trial: Trial) -> bool:
         sets = ", ".join(f"{name} = ?" for name in _RESULT_COLUMNS)
         # One statement is a transaction of its own.
         cursor = self._db.execute(
@@ -395,6 +403,10 @@ class Store:
         """Return the trials that are not the search's, in the order in which they were made."""
         return list(self._trials(f"WHERE NOT {_SEARCHED} ORDER BY id DESC"))
 
+    def superseded(self) -> frozenset[int]:
+        """Return the ids of trainings whose network was trained again: their mean counts there."""
+        return frozenset(self.meta(_SUPERSEDED, []))
+
     def best(self, count: int) -> list[Trial]:
         """Return the `count` different networks of the search with the highest reward, best first.
 
@@ -402,11 +414,13 @@ class Store:
         last training counts, whose accuracy is the mean of all.
         """
         chosen: dict[str, Trial] = {}
-        last = "" if self.meta(SEVERAL_TRAININGS) is None else _LAST_TRAINING
+        superseded = self.superseded()
         for trial in self._trials(
-            f"AS own WHERE +{_SEARCHED} AND outcome IS NOT NULL AND reward IS NOT NULL"
-            f" {last} ORDER BY reward DESC, id"
+            f"WHERE +{_SEARCHED} AND outcome IS NOT NULL AND reward IS NOT NULL"
+            " ORDER BY reward DESC, id"
         ):
+            if trial.id in superseded:
+                continue
             chosen.setdefault(trial.architecture_hash, trial)
             if len(chosen) == count:
                 break
@@ -481,8 +495,8 @@ class Store:
         """Return by network the trials at this fidelity with a result of their own, oldest first.
 
         Trials of an earlier campaign count; full trainings do not. Results that are the machine's
-        fault don't count, but for those of quarantined networks: such a network is evaluated
-        again. Networks without one are left out.
+        fault don't count, so that the network is evaluated again, unless it is quarantined.
+        Networks without one are left out.
         """
         found: dict[str, list[Trial]] = {}
         for start in range(0, len(architecture_hashes), _IDS):
@@ -490,7 +504,9 @@ class Store:
             for trial in self._trials(
                 f"WHERE architecture_hash IN ({', '.join('?' * len(part))}) AND epochs = ?"
                 " AND role <> 'finalist' AND outcome IS NOT NULL AND reused_from IS NULL"
-                f" AND ({_OWN_FAULT} OR json_extract(failure, '$.quarantined')) ORDER BY id",
+                f" AND ({_OWN_FAULT} OR json_extract(failure, '$.quarantined'))"
+                # Those of an earlier campaign come first; their ids count down.
+                " ORDER BY id >= 0, abs(id)",
                 [*part, epochs],
             ):
                 found.setdefault(trial.architecture_hash, []).append(trial)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,9 @@ from search.config import (
     load_campaign_config,
 )
 from search.engine import resume, start
+from search.history import read_history
+from search.report_data import read_facts
+from search.stop import Tally
 from search.store import Store
 from space.architecture import parse_architecture
 from space.cost import count
@@ -101,6 +106,16 @@ def test_a_network_that_comes_back_is_trained_again_and_its_mean_counts(
     # The first training's luck makes it nobody's best.
     assert outcome.best is not None
     assert outcome.best.id == 2
+    with closing(Store(tmp_path / "run" / "campaign.db", read_only=True)) as store:
+        history, facts = read_history(store), read_facts(store, config)
+        tally = Tally(config.stop, store)
+    assert history.best(5) == 2
+    assert history.front().tolist() == [2]
+    assert [trial.id for trial in facts.shown.best] == [2]
+    assert facts.shown.front == [2]
+    front = json.loads(mnas("top", str(tmp_path / "run"), "--front", "--json").stdout)
+    assert [trial["trial"] for trial in front["trials"]] == [2]
+    assert tally.reason() == "all 5 trials are done"
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
