@@ -23,7 +23,7 @@ from typing import Any, Protocol
 
 from search.campaign import Campaign
 from search.campaign_log import tell_end
-from search.loop import FULL_TRAINING, is_infrastructure, trial_seed
+from search.loop import FULL_TRAINING, MEAN_METRICS, is_infrastructure, trial_seed
 from search.measuring import INT8_ACCURACY, in_int8
 from search.objective import Objective
 from search.pareto import best_networks
@@ -186,6 +186,7 @@ class HandOver:
             outcome=None,
             reused_from=None,
             accuracy=None,
+            metrics={k: v for k, v in (trial.metrics or {}).items() if k not in MEAN_METRICS},
             reward=None,
             parts=None,
             timings=None,

@@ -40,8 +40,8 @@ logger = logging.getLogger(__name__)
 #: The campaign's random streams, by the first key under its seed: the controller's is 0.
 TRAINING, BASELINE, FULL_TRAINING = 1, 2, 3
 
-#: The metric of a training of its own, where a network's accuracy is the mean of several.
-OWN_ACCURACY = "own_accuracy"
+#: Metrics of a training where a network's accuracy is the mean of several: its own, and how many.
+MEAN_METRICS = OWN_ACCURACY, TRAININGS = "own_accuracy", "trainings"
 
 #: How many networks a controller is asked to recommend at the end.
 RECOMMENDED = 10
@@ -349,7 +349,7 @@ class Search:
         for before in earlier:
             assert before.accuracy is not None  # it is completed
             all_of_them.append((before.metrics or {}).get(OWN_ACCURACY, before.accuracy))
-        counted = {OWN_ACCURACY: accuracy, "trainings": float(len(all_of_them))}
+        counted = {OWN_ACCURACY: accuracy, TRAININGS: float(len(all_of_them))}
         return math.fsum(all_of_them) / len(all_of_them), {**metrics, **counted}
 
     def _earlier_trainings(self, trial: Trial) -> list[Trial]:

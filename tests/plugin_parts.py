@@ -15,6 +15,7 @@ import numpy as np
 from controller.random_search import RandomConfig, RandomSearch
 from latency.device import LatencyMeter
 from latency.measurement import Measurement
+from latency.processes import run_to_end
 from search.config import TrainEvaluatorConfig, load_campaign_config
 from search.evaluation import Evaluation, Evaluator, TrainEvaluator
 from space.architecture import PAPER_STYLE, Architecture, NetworkStyle, graph_hash
@@ -79,6 +80,17 @@ class FaultyDevice(LatencyMeter):
         return Measurement(
             (median,) * 3, 1, 0, 1, graph_hash(architecture, style), self.identity(), {}, {}
         )
+
+
+class EndlessDevice(FaultyDevice):
+    """Runs a program that never ends; its arguments name the folder."""
+
+    def measure(
+        self, architecture: Architecture, style: NetworkStyle = PAPER_STYLE
+    ) -> Measurement:
+        forever = "import time; time.sleep(600)"
+        run_to_end([sys.executable, "-c", forever, str(self._log.parent)], timeout_s=600)
+        raise MeasurementError("it was killed")
 
 
 class UnpluggedDevice(FaultyDevice):

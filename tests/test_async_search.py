@@ -9,6 +9,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import psutil
 import pytest
 from campaigns import (
     TESTS,
@@ -138,6 +139,35 @@ def test_a_device_that_fails_beside_the_trainings_costs_its_own_trials_only(
     assert all("the device went away" in t.failure.reason for t in failed if t.failure)
     measured = [trial for trial in trials if trial not in failed and trial.reused_from is None]
     assert all(trial.timings and "measure_s" in trial.timings for trial in measured)
+
+
+def test_a_measurement_that_runs_ends_with_the_search(tmp_path: Path) -> None:
+    config = tmp_path / "endless.yaml"
+    config.write_text(
+        "name: endless\nspace: {name: small_image}\ncontroller: {name: random}\n"
+        "evaluator: {class: plugin_parts:FaultyEvaluator, options: {}}\n"
+        f"device: {{class: plugin_parts:EndlessDevice, options: {{log: {tmp_path}/mark/log}}}}\n"
+        "objective: {name: soft, target_ms: 1.0}\nmode: async\nstop: {trials: 8}\n"
+        "executor: {name: serial}\n"
+    )
+    process = start_mnas("search", str(config), "--out", str(tmp_path / "run"))
+    try:
+        deadline = time.monotonic() + 60
+        while not programs_of(tmp_path / "mark"):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert programs_of(tmp_path / "mark") == []
+
+
+def programs_of(mark: Path) -> list[int]:
+    """The processes that have this argument."""
+    every = psutil.process_iter(["pid", "cmdline"])
+    return [p.info["pid"] for p in every if str(mark) in (p.info["cmdline"] or [])]
 
 
 @pytest.mark.slow
