@@ -150,6 +150,7 @@ def _picture(series: Sequence[Series], form: str) -> bytes:
                 label=one.label, gid=f"{name}-{one.number}",
             )  # fmt: skip
         axes.set(xlabel=x_title, ylabel=y_title)
+        axes.locator_params(axis="x", nbins=6)
         axes.grid(alpha=0.3)
     handles, labels = panels[-1].get_legend_handles_labels()
     legend = figure.legend(
