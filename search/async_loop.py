@@ -83,9 +83,11 @@ class AsyncSearch(Search):
                     self._start_followers(trial, executor)
         finally:
             # First: a disk that is full must not keep processes alive.
-            executor.close()
-            if self._measuring is not None:
-                self._measuring.close()
+            try:
+                executor.close()
+            finally:
+                if self._measuring is not None:
+                    self._measuring.close()
             self._note_time()
 
     def _tell_staleness(self, executor: Executor) -> None:

@@ -143,7 +143,7 @@ class HandOver:
         """The finalist of a trial: as recorded, or trained now."""
         # Ids count down: of several the last one made comes first.
         rows = reversed(self._store.trials(role="finalist"))
-        known = {t.finalist_of: t for t in rows}.get(trial.id)
+        known = {t.architecture_hash: t for t in rows}.get(trial.architecture_hash)
         if known is not None and known.outcome is not None:
             if not is_infrastructure(known):
                 return known

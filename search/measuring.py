@@ -30,6 +30,9 @@ REFERENCE_TRIES = 5
 
 #: A device that has no figure for so many networks in a row is gone, by the machine's fault each.
 LOST_AFTER = 10
+#: A failure that several networks share, since they were to be measured together, counts as so
+#: many at most.
+SHARED_COUNTS = 4
 #: The pauses before a device that does not answer is asked again; then it is gone.
 PAUSES_S = (1.0, 4.0, 15.0)
 
@@ -93,7 +96,7 @@ class Latencies:
         self._store = store
         self._cache = cache
         self._failures = dict.fromkeys(meters, 0)  # in a row
-        self._last_failure: dict[str, MeasurementError] = {}
+        self._shared: dict[str, tuple[MeasurementError, int]] = {}  # the last one, how often
         self._targets = self._known_targets() or self._new_targets(reference)
         store.set_meta("targets", self._targets)
         store.set_meta("target_ms", self.target_ms)
@@ -135,11 +138,13 @@ class Latencies:
 
     def _note_failure(self, name: str, error: MeasurementError) -> None:
         """Count a device's failures: one that is unplugged must not cost a campaign its trials."""
-        # One failure may be that of several networks that were to be measured together.
-        if error.cause != "infrastructure" or error is self._last_failure.get(name):
+        if error.cause != "infrastructure":
+            self._failures[name] = 0  # it answered
             return
-        self._last_failure[name] = error
-        self._failures[name] += 1
+        last, times = self._shared.get(name, (None, 0))
+        times = times + 1 if error is last else 1
+        self._shared[name] = error, times
+        self._failures[name] += times <= SHARED_COUNTS
         if self._failures[name] >= LOST_AFTER:
             raise _gone(f"has given no figure for {LOST_AFTER} networks in a row", name, error)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -15,7 +16,7 @@ from space.architecture import Architecture
 from space.errors import MeasurementError
 
 #: A measurement that runs at the end is waited for so long; nobody needs it any more.
-END_LIMIT_S = 5.0
+END_LIMIT_S = 3.0
 
 Found = tuple[Architecture, Figures | MeasurementError]
 
@@ -54,6 +55,9 @@ class MeasuringThread:
             while True:
                 one = self._found.get(timeout=0.0 if found else timeout_s)
                 if isinstance(one, Exception):
+                    if found:  # they are told first
+                        self._found.put(one)
+                        return found
                     raise one
                 found.append(one)
         except queue.Empty:
@@ -67,9 +71,11 @@ class MeasuringThread:
         self._ended.set()
         self._asked.put(None)
         self._thread.join(timeout=END_LIMIT_S)
-        if self._thread.is_alive():
+        deadline = time.monotonic() + END_LIMIT_S
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            # A device's meter may begin anew where one program of it was killed.
             end_running()
-            self._thread.join(timeout=END_LIMIT_S)
+            self._thread.join(timeout=0.2)
 
     def _work(self) -> None:
         try:

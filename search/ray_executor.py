@@ -246,6 +246,8 @@ class RayExecutor(Executor):
     def _follow(self) -> None:
         """Look at the cluster from time to time."""
         now = time.monotonic()
+        if now - self._followed >= 2 * FOLLOW_S:
+            self._last_able = now  # nobody has looked for a while: devices were measuring
         if now - self._followed >= FOLLOW_S:
             self._followed = now
             self._look()
@@ -342,7 +344,7 @@ class RayExecutor(Executor):
         pause = _pause_s(slot.failed_starts)
         slot.failed_starts += 1
         slot.not_before = time.monotonic() + pause
-        if not self._any_ready and all(p.ready for p in self._processes() if p is not process):
+        if not self._any_ready and all(s.failed_starts for s in self._slots if s.node):
             self._give_up(reason)
         logger.warning("a worker died at its start; another one starts in %g s: %s", pause, reason)
         return None
@@ -413,7 +415,7 @@ class RayExecutor(Executor):
 
     def _fit_for(self, waiting: _Waiting) -> list[_Slot]:
         """The slots, busy or not, that a job is left to."""
-        able = [slot for slot in self._slots if slot.node and not slot.failed_starts]
+        able = [s for s in self._slots if s.node and (s.process or not s.failed_starts)]
         elsewhere = [slot for slot in able if slot.node not in waiting.tried_nodes]
         others = [slot for slot in able if id(slot) not in waiting.tried_slots]
         return elsewhere or others or able
