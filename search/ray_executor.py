@@ -82,8 +82,13 @@ class _Slot:
         self.process: _Process | None = None
         self.successor: _Process | None = None
         self.running: _Running | None = None
-        self.failed_starts = 0  # in a row
+        self.failed_starts = 0  # in a row, its successors' too
         self.not_before = 0.0  # is the next process started
+
+    @property
+    def is_able(self) -> bool:
+        """Whether a job may wait for it: it has a process, or one starts as far as is known."""
+        return not self.failed_starts or (self.process is not None and self.process.ready)
 
 
 class _Running:
@@ -415,7 +420,7 @@ class RayExecutor(Executor):
 
     def _fit_for(self, waiting: _Waiting) -> list[_Slot]:
         """The slots, busy or not, that a job is left to."""
-        able = [s for s in self._slots if s.node and (s.process or not s.failed_starts)]
+        able = [slot for slot in self._slots if slot.node and slot.is_able]
         elsewhere = [slot for slot in able if slot.node not in waiting.tried_nodes]
         others = [slot for slot in able if id(slot) not in waiting.tried_slots]
         return elsewhere or others or able
