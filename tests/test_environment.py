@@ -159,7 +159,9 @@ def test_another_device_under_the_same_name_is_told_apart(
 
     # One that does not answer is not taken for another one.
     monkeypatch.setattr("plugin_parts.FaultyDevice.identity", away)
-    resume(tmp_path / "run", ["stop.trials=25"])
+    monkeypatch.setattr("search.measuring.PAUSES_S", (0.0, 0.0))
+    with pytest.raises(MeasurementError, match="does not answer, so the search stops"):
+        resume(tmp_path / "run", ["stop.trials=25"])
     monkeypatch.setattr("plugin_parts.FaultyDevice.identity", lambda device: identity)
     resume(tmp_path / "run", ["stop.trials=26"])
     assert len(events(tmp_path / "run")) == 1
