@@ -319,9 +319,12 @@ def top_command(
 
     objectives = front_objectives(read_config(folder))
     with closing(open_to_read(folder)) as store:
-        superseded = store.superseded()
-        trials = (trial for trial in store.trials() if trial.id not in superseded)
-        chosen = pareto_front(trials, objectives) if front else store.best(count)
+        if front:
+            superseded = store.superseded()
+            each = (trial for trial in store.trials() if trial.id not in superseded)
+            chosen = pareto_front(each, objectives)
+        else:
+            chosen = store.best(count)
         note = ", latency in int8, accuracy in float32" if in_int8(store, chosen) else ""
         environments = Environments(store)
         numbers = [environments.of(trial) for trial in chosen]
