@@ -40,14 +40,14 @@ def run_lines(lines: list[str], folder: Path) -> None:
         env={**os.environ, "PATH": path},
         capture_output=True,
         text=True,
-        timeout=560,
+        timeout=1100,
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
     lines = commands("README.md")
     assert sum(line.startswith("mnas ") for line in lines) >= 9
@@ -55,7 +55,7 @@ def test_every_command_of_the_readme_runs(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_python_lines_of_the_readme_run(tmp_path: Path) -> None:
     (block,) = code_blocks("README.md", "python")
     assert len([line for line in block.splitlines() if line.strip()]) <= 10
@@ -64,7 +64,7 @@ def test_the_python_lines_of_the_readme_run(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=560,
+        timeout=1100,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -72,7 +72,7 @@ def test_the_python_lines_of_the_readme_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1200)
 def test_the_commands_and_the_python_lines_of_the_export_page_run(tmp_path: Path) -> None:
     run_lines(commands("docs/export.md"), tmp_path)
     (block,) = code_blocks("docs/export.md", "python")
