@@ -152,6 +152,8 @@ class Latencies:
         self, name: str, meter: LatencyMeter, networks: list[Architecture], *, anew: bool
     ) -> Iterator[tuple[Architecture, tuple[int, Measurement] | MeasurementError]]:
         """The networks' measurements on one device, from the databases or the device."""
+        if not networks:
+            return
         device = _identified(name, meter)
         missing = []
         for network in networks:

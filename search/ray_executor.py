@@ -130,7 +130,6 @@ class RayExecutor(Executor):
 
     def __init__(self, config: RayConfig, evaluator: EvaluatorChoice) -> None:
         self._config = config
-        self._evaluator = evaluator
         self._queue: collections.deque[_Waiting] = collections.deque()
         self._start_failure = ""  # of the worker that died last before it was ready
         self._any_ready = False
@@ -413,7 +412,10 @@ class RayExecutor(Executor):
         """
         now = time.monotonic()
         for waiting in self._queue:
-            if now >= waiting.not_before and slot in self._fit_for(waiting):
+            if now < waiting.not_before:
+                continue
+            # Nearly always nothing has failed, and any slot will do.
+            if not waiting.tried_slots or slot in self._fit_for(waiting):
                 self._queue.remove(waiting)
                 return waiting
         return None

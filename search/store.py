@@ -561,10 +561,13 @@ class Store:
             for role in _SEARCHED_ROLES
             for figure in ("count(*)", "max(reward)", "avg(reward)")
         )
-        superseded = ", ".join(map(str, sorted(self.superseded())))
+        superseded = self.superseded()
+        # Most campaigns have none, and looking in an empty list takes half as long again.
+        without = "AND id NOT IN (SELECT value FROM json_each(?))" if superseded else ""
         figures = self._db.execute(
             f"SELECT {each} FROM trial WHERE +{_SEARCHED} AND outcome IN ('completed', 'reused')"
-            + (f" AND id NOT IN ({superseded})" if superseded else "")
+            f" {without}",
+            [json.dumps(sorted(superseded))] if superseded else [],
         ).fetchone()
         by_role = {role: figures[3 * k : 3 * k + 3] for k, role in enumerate(_SEARCHED_ROLES)}
         return {role: found for role, found in by_role.items() if found[0]}
