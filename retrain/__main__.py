@@ -2,7 +2,7 @@
 
 Without a command, `train` is meant, as the model zoo's `train.py` has it. Bad input ends in one
 sentence on standard error and exit status 2; a training that diverged, and would again, in status
-3; whatever else failed in status 1.
+3; one that was stopped in 130; whatever else failed in status 1.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ import typer
 from rich.console import Console
 
 from retrain.convert_cli import convert
-from retrain.launch import MSRUN, PARENT, die_with_launcher, die_with_parent
+from retrain.launch import MSRUN, PARENT, complaint, die_with_launcher, die_with_parent
 from retrain.progress import ProgressDisplay
 from retrain.request import TrainRequest, int8_request
-from space.errors import ConfigError, Diverged, MnasError
+from space.errors import ConfigError, Interrupted, MnasError
+from space.files import is_full
 from space.records import to_plain
 
 if TYPE_CHECKING:
@@ -30,8 +31,8 @@ if TYPE_CHECKING:
 #: The class of all complaints about flags and arguments, whichever click typer is built on.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-EXIT_ERROR, EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_INTERRUPTED = 1, 2, 3, 130
-
+#: After a command, for whom a failed one can be begun again.
+_GO_ON = "go on with the same command and --resume"
 
 app = typer.Typer(
     help="Train a network fully, evaluate it, export it.",
@@ -185,20 +186,26 @@ def _train(
     def say(sentence: str) -> None:
         console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
+    told = _truth("distribute", distribute)
+    if workers is not None and told is not None:
+        raise ConfigError("--workers: starts workers itself; leave --distribute out.")
     report: TrainReport | None
-    if workers is not None:
-        report = launch_command(request, workers, on_line=say)
-        if not as_json:
-            # The first worker has said it all.
-            return
-    else:
-        with ProgressDisplay(console) as progress:
-            report = train_command(
-                request,
-                distribute=_truth("distribute", distribute),
-                on_progress=progress.show,
-                on_note=say,
-            )
+    try:
+        if workers is not None:
+            report = launch_command(request, workers, on_line=say)
+        else:
+            with ProgressDisplay(console) as progress:
+                report = train_command(
+                    request, distribute=told, on_progress=progress.show, on_note=say
+                )
+    except KeyboardInterrupt:
+        raise Interrupted(f"stopped; {_GO_ON}.") from None
+    except OSError as error:
+        remedy = f"make room and {_GO_ON}" if is_full(error) else _GO_ON
+        raise MnasError(f"cannot read or write: {error}; {remedy}.") from error
+    if workers is not None and not as_json:
+        # The first worker has said it all.
+        return
     if report is None:
         return
     if as_json:
@@ -227,7 +234,12 @@ def _truth(option: str, text: str | None) -> bool | None:
 def validate(
     ckpt_path: CkptPath,
     config: RecipeOption = None,
-    split: Annotated[str, typer.Option("--split", help="validation or test.")] = "validation",
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split", help="validation or test [validation; test for weights from elsewhere]."
+        ),
+    ] = None,
     data_dir: DataDir = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -263,6 +275,8 @@ def validate(
         ("loss", f"{report.loss:.4f}"),
         ("images", f"{report.images:,} ({report.split})"),
     ]
+    if report.note is not None:
+        lines.append(("warning", report.note))
     lines += [(f"  {name}", f"{top1:.4f}") for name, top1 in report.per_class_top1.items()]
     _print_lines(Console(), lines)
 
@@ -349,7 +363,7 @@ def _heed_parent() -> None:
         raise ConfigError(f"{PARENT}: must be a process id, but got {given!r}.")
     heed = die_with_parent if number == given else die_with_launcher
     if not heed(int(number)):
-        sys.exit(EXIT_ERROR)
+        sys.exit(MnasError.exit_status)
 
 
 def _quiet_mindspore() -> None:
@@ -369,30 +383,26 @@ def _run() -> int:
         _heed_parent()
         status = app(standalone_mode=False)
         # typer answers Ctrl-C with this status itself.
-        if status == EXIT_INTERRUPTED:
+        if status == Interrupted.exit_status:
             raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
-    except ConfigError as error:
-        return _complain(str(error), EXIT_BAD_INPUT)
-    except Diverged as error:
-        return _complain(str(error), EXIT_DIVERGED)
     except MnasError as error:
-        return _complain(str(error), EXIT_ERROR)
+        return _complain(str(error), error.exit_status)
     except _UsageError as error:
         sentence = error.format_message()  # type: ignore[attr-defined]  # click's, whichever it is
-        return _complain(f"{sentence} See `python -m retrain --help`.", EXIT_BAD_INPUT)
+        return _complain(f"{sentence} See `python -m retrain --help`.", ConfigError.exit_status)
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("stopped; go on with the same command and --resume.", EXIT_INTERRUPTED)
+        return _complain("stopped.", Interrupted.exit_status)
     except BrokenPipeError:
         # The reader of a pipe went away: nothing to say, and nowhere to say it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_ERROR
+        return MnasError.exit_status
     except OSError as error:
-        return _complain(f"cannot read or write: {error}", EXIT_ERROR)
+        return _complain(f"cannot read or write: {error}.", MnasError.exit_status)
 
 
 def _complain(sentence: str, status: int) -> int:
-    print(f"retrain: {sentence}", file=sys.stderr)
+    print(complaint(sentence, status), file=sys.stderr)
     return status
 
 

@@ -33,7 +33,11 @@ logger = logging.getLogger(__name__)
 Weights = dict[str, NDArray[np.float32]]
 
 WEIGHTS_FORMAT = "mnas weights 2"
-_STATE_FORMAT = "mnas training state 2"
+_STATE_FORMAT = "mnas training state 3"
+
+
+class NotACheckpointError(ConfigError):
+    """A file that is no checkpoint of ours; it may hold weights of another framework."""
 
 
 @record
@@ -88,6 +92,8 @@ class TrainState:
         epoch: Whole epochs done.
         losses: Mean training loss of each of them.
         accuracies: Validation accuracy after each of them.
+        global_batch: Images of one of these steps, of all workers.
+        train_images: Images trained on.
         arrays: Name -> array: the weights; the optimizer's state under `optimizer.`, averages
             under `ema.`; `loss_scale`; `epoch_losses` of the steps since the last whole epoch.
     """
@@ -96,6 +102,8 @@ class TrainState:
     epoch: int
     losses: tuple[float, ...]
     accuracies: tuple[float, ...]
+    global_batch: int
+    train_images: int
     arrays: dict[str, Any]
 
     def evaluated_weights(self, architecture: Architecture) -> Weights:
@@ -167,7 +175,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 _CHECKPOINT_KEYS = ("style", "normalisation", "classes", "versions", "training", "source")
 _STATE_KEYS = ("recipe", "seed", "start")
-_PROGRESS_KEYS = ("step", "epoch", "losses", "accuracies")
+_PROGRESS_KEYS = ("step", "epoch", "losses", "accuracies", "global_batch", "train_images")
 
 
 def save_state(path: Path, saved: SavedState) -> None:
@@ -196,6 +204,8 @@ def load_state(path: Path) -> SavedState:
             epoch=values["epoch"],
             losses=tuple(values["losses"]),
             accuracies=tuple(values["accuracies"]),
+            global_batch=values["global_batch"],
+            train_images=values["train_images"],
             arrays=arrays,
         ),
     )
@@ -302,7 +312,7 @@ def _read(path: Path, expected: str) -> tuple[dict[str, str], dict[str, NDArray[
     else:
         metadata, arrays = _read_safetensors(path)
     if metadata.get("format") != expected or "architecture" not in metadata:
-        raise ConfigError(
+        raise NotACheckpointError(
             f"{path}: must be in the format {expected!r}, but is in"
             f" {metadata.get('format', 'an unnamed one')!r}; `mnas convert` reads weights of other"
             " frameworks."
@@ -316,7 +326,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, str], dict[str, NDArray[Any
             arrays = {name: file.get_tensor(name) for name in file.keys()}
             return dict(file.metadata() or {}), arrays
     except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(
+        raise NotACheckpointError(
             f"{path}: must be a safetensors file, but is something else or damaged: {error};"
             " `mnas convert` reads weights of other frameworks."
         ) from None

@@ -17,11 +17,11 @@ from retrain.checkpoint import (
     Training,
     TrainState,
     Weights,
-    load_checkpoint,
     save_checkpoint,
     save_state,
 )
-from retrain.config import load_recipe
+from retrain.config import Recipe, load_recipe
+from retrain.convert import open_checkpoint
 from retrain.curves import curves
 from retrain.data import DataSet, load_data
 from retrain.folder import (
@@ -42,7 +42,7 @@ from retrain.folder import (
     weights_name,
     what_is_there,
 )
-from retrain.launch import launch, launched_workers
+from retrain.launch import launch, launched_workers, stands_by
 from retrain.request import Int8Request, TrainRequest, checked_threads
 from retrain.restored import data_of, network_of, recipe_of
 from retrain.start import Start, make_start
@@ -76,6 +76,7 @@ class ValidationReport:
         per_class_top1: Class -> fraction.
         confusion_matrix: The picture that was drawn; null if none was asked for.
         onnx: The ONNX file that was evaluated in place of the checkpoint's network; null if none.
+        note: Why these images may have been trained on; null where they were held out.
     """
 
     ckpt_path: str
@@ -87,6 +88,7 @@ class ValidationReport:
     per_class_top1: dict[str, float]
     confusion_matrix: str | None = None
     onnx: str | None = None
+    note: str | None = None
 
 
 # ---------------------------------------------------------------------------- train
@@ -115,6 +117,8 @@ def train_command(
         TrialFailed: MindSpore cannot compute this network.
     """
     size = 1 if distribute is False else launched_workers()
+    if size == 1 and stands_by():
+        return None
     threads = request.threads or max(1, checked_threads(None) // size)
     recipe = load_recipe(request.config, request.overrides, data_dir=request.data_dir)
     start = make_start(recipe, request)
@@ -137,17 +141,20 @@ def train_command(
             return finished
         write_atomically(out / RECIPE, dump_yaml(recipe).encode())
         write_atomically(out / ARCHITECTURE, (start.architecture.text + "\n").encode())
-        stack.enter_context(log_file(out / LOG))
-        for sentence in (batch, start.note):
-            if sentence is not None:
-                logger.info("%s", sentence)
-                if on_note is not None:
-                    on_note(sentence)
+        stack.enter_context(log_file(out / LOG, on_note or (lambda sentence: None)))
+        _note([batch, start.note], on_note)
         shown = [on_progress] if on_progress is not None else []
         if request.tensorboard:
             done = state.step if state is not None else 0
             shown.append(stack.enter_context(curves(out / CURVES, done=done)))
         return _train(plan, start, out, threads, workers, state, shown)
+
+
+def _note(sentences: list[str | None], on_note: Callable[[str], None] | None) -> None:
+    for sentence in filter(None, sentences):
+        logger.info("%s", sentence)
+        if on_note is not None:
+            on_note(sentence)
 
 
 def launch_command(
@@ -163,6 +170,7 @@ def launch_command(
     Raises:
         ConfigError: Bad input.
         Diverged: The training diverged.
+        Interrupted: It was stopped.
         MnasError: The training failed.
     """
     if workers < 2:
@@ -170,6 +178,10 @@ def launch_command(
     recipe = load_recipe(request.config, request.overrides, data_dir=request.data_dir)
     start = make_start(recipe, request)
     out = _folder(request, Plan(start.architecture, recipe, request.seed, start.sha256))
+    # Before msrun: its workers' old output goes, and that may be of a training that runs.
+    with claimed(out):
+        if not request.resume:
+            refuse_used(out, recipe)
     threads = request.threads or max(1, checked_threads(None) // workers)
     asked = dataclasses.replace(request, out=out, threads=threads)
     launch(workers, asked.arguments(), out / WORKERS, on_line)
@@ -247,13 +259,20 @@ def _train(
 
 
 def _keep(out: Path, plan: Plan, state: TrainState) -> None:
-    """Save where to go on, and at an epoch's end the weights that the recipe wants kept."""
-    recipe, kept = plan.recipe, plan.recipe.checkpoints
+    """Save where to go on, and at an epoch's end the weights that the recipe wants kept.
+
+    The state comes last: killed before it, the training goes through the epoch once more and
+    writes the same weights again.
+    """
+    if not len(state.arrays["epoch_losses"]):
+        _keep_weights(out, plan, state)
     save_state(
-        out / STATE, SavedState(plan.architecture.text, recipe, plan.seed, plan.start, state)
+        out / STATE, SavedState(plan.architecture.text, plan.recipe, plan.seed, plan.start, state)
     )
-    if len(state.arrays["epoch_losses"]):
-        return
+
+
+def _keep_weights(out: Path, plan: Plan, state: TrainState) -> None:
+    recipe, kept = plan.recipe, plan.recipe.checkpoints
     epoch, accuracy = state.epoch, state.accuracies[-1]
     logger.info(
         "epoch %d of %d: loss %.4f, validation accuracy %.4f",
@@ -326,7 +345,7 @@ def validate_command(
     ckpt_path: Path,
     *,
     config: str | None = None,
-    split: Literal["validation", "test"] = "validation",
+    split: Literal["validation", "test"] | None = None,
     data_dir: str | None = None,
     confusion_matrix: Path | None = None,
     threads: int | None = None,
@@ -335,10 +354,13 @@ def validate_command(
     """Evaluate a checkpoint on a part of a data set, by default the one it was trained on.
 
     Args:
-        ckpt_path: The checkpoint, model.safetensors of a training's folder or a converted one.
+        ckpt_path: The checkpoint, model.safetensors of a training's folder, or weights of another
+            framework (see retrain.convert.open_checkpoint).
         config: A recipe by shipped name or path, whose data are taken; the network's style is
             the checkpoint's, whatever the recipe says.
-        split: `test` stands apart from all choices: use it once, at the end.
+        split: `validation` for weights that were trained here, by default: images held out from
+            the training set. `test` stands apart from all choices: use it once, at the end. It is
+            the default for weights from elsewhere, which nobody held our images out from.
         data_dir: Where the images are, if not where they were.
         confusion_matrix: Draw which class was taken for which into this PNG file.
         threads: CPU threads; by default all that this process may use.
@@ -349,10 +371,15 @@ def validate_command(
     """
     if confusion_matrix is not None and confusion_matrix.suffix != ".png":
         raise ConfigError(f"--confusion_matrix: must end in .png, but got {confusion_matrix}.")
-    if split not in ("validation", "test"):
+    if split not in ("validation", "test", None):
         raise ConfigError(f"--split: must be validation or test, but got {split!r}.")
+    if confusion_matrix is not None:
+        # Before the evaluation, which takes its time.
+        confusion_matrix.parent.mkdir(parents=True, exist_ok=True)
     threads = checked_threads(threads)
-    checkpoint = load_checkpoint(ckpt_path)
+    checkpoint = open_checkpoint(ckpt_path)
+    if split is None:
+        split = "test" if checkpoint.training is None else "validation"
     recipe = recipe_of(checkpoint, ckpt_path, config, data_dir)
     data = data_of(checkpoint, recipe)
     from retrain.evaluate import evaluation_of, logits_of
@@ -383,6 +410,19 @@ def validate_command(
         per_class_top1=dict(zip(data.classes, found.per_class_top1, strict=True)),
         confusion_matrix=None if confusion_matrix is None else str(confusion_matrix),
         onnx=None if onnx is None else str(onnx),
+        note=_seen_note(checkpoint, recipe) if split == "validation" else None,
+    )
+
+
+def _seen_note(checkpoint: Checkpoint, recipe: Recipe) -> str | None:
+    """Why a recipe's validation images may be among those that the weights were trained on."""
+    if checkpoint.training is None:
+        return "these weights come from elsewhere: they may have been trained on these images"
+    theirs, ours = checkpoint.training.recipe.data, recipe.data
+    if dataclasses.replace(theirs, path=ours.path) == ours:
+        return None
+    return (
+        "the recipe holds out other images than this training did: some may have been trained on"
     )
 
 
@@ -400,7 +440,8 @@ def export_command(
     """Export a checkpoint, checked against the MindSpore network on the validation images.
 
     Args:
-        ckpt_path: The checkpoint, model.safetensors of a training's folder or a converted one.
+        ckpt_path: The checkpoint, model.safetensors of a training's folder, or weights of another
+            framework (see retrain.convert.open_checkpoint).
         out: The file, with the ending of the format.
         format: `onnx`, `mindir` (with a description beside it, `out` with .json added) or
             `python`, a module that stands alone.
@@ -432,7 +473,7 @@ def export_command(
             raise ConfigError(
                 f"{path}: is there already; choose another name, or give --overwrite."
             )
-    checkpoint = load_checkpoint(ckpt_path)
+    checkpoint = open_checkpoint(ckpt_path)
     recipe = recipe_of(checkpoint, ckpt_path, config, data_dir)
     data = data_of(checkpoint, recipe)
     from retrain.export import export_checkpoint

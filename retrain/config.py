@@ -25,7 +25,7 @@ class OptimizerConfig:
             the root of the mean square before its bias is corrected, as TensorFlow has it.
         momentum: RMSProp's and SGD's.
         decay: RMSProp's, of the mean square.
-        epsilon: RMSProp's and AdamW's.
+        epsilon: RMSProp's and AdamW's; None: 1e-3 and 1e-8.
         nesterov: SGD's.
         beta1: AdamW's, of the mean gradient.
         beta2: AdamW's, of the mean square.
@@ -37,7 +37,7 @@ class OptimizerConfig:
     name: Literal["rmsprop", "sgd", "adamw"] = "rmsprop"
     momentum: float = 0.9
     decay: float = 0.9
-    epsilon: float = 1e-3
+    epsilon: float | None = None
     nesterov: bool = False
     beta1: float = 0.9
     beta2: float = 0.999
@@ -47,7 +47,8 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _require("momentum", self.momentum, 0, 1)
         _require("decay", self.decay, 0, 1)
-        _require("epsilon", self.epsilon, 1e-12, 10)
+        if self.epsilon is not None:
+            _require("epsilon", self.epsilon, 1e-12, 10)
         _require("beta1", self.beta1, 0, 0.999999)
         _require("beta2", self.beta2, 0, 0.999999)
         _require("weight_decay", self.weight_decay, 0, 1)
@@ -56,6 +57,13 @@ class OptimizerConfig:
                 f"nesterov must be false unless the optimizer is sgd with a momentum, but got"
                 f" {self.name} with momentum {self.momentum}"
             )
+
+    @property
+    def eps(self) -> float:
+        """Epsilon as it is used."""
+        if self.epsilon is not None:
+            return self.epsilon
+        return 1e-8 if self.name == "adamw" else 1e-3
 
 
 @record
@@ -95,20 +103,28 @@ class PrecisionConfig:
         amp_level: MindSpore's: `O0` all float32, `O2` float16 but for batch norms, `O3` all
             float16. On a CPU, float16 runs but is no faster.
         loss_scale: The loss is multiplied by it, and the gradients divided; where it changes by
-            itself, where it starts.
+            itself, where it starts. None: 1, or 2**16 where it changes.
         dynamic: Halve the scale and leave out the step when a gradient is not finite; double it
             after `growth_steps` steps without that.
         growth_steps: Optimizer steps.
     """
 
     amp_level: Literal["O0", "O2", "O3"] = "O0"
-    loss_scale: float = 1.0
+    loss_scale: float | None = None
     dynamic: bool = False
     growth_steps: int = 2000
 
     def __post_init__(self) -> None:
-        _require("loss_scale", self.loss_scale, 1, 2**24)
+        if self.loss_scale is not None:
+            _require("loss_scale", self.loss_scale, 1, 2**24)
         _require("growth_steps", self.growth_steps, 1, 1_000_000)
+
+    @property
+    def first_scale(self) -> float:
+        """The loss scale of the first step."""
+        if self.loss_scale is not None:
+            return self.loss_scale
+        return 2.0**16 if self.dynamic else 1.0
 
 
 @record
@@ -169,8 +185,9 @@ class Recipe:
         schedule: The learning rate.
         label_smoothing: Share of the target spread over all classes.
         dropout: Share of the pooled features that are zeroed in training.
-        drop_path: Probability with which the last residual layer is left out for an image in
-            training; the layers before it less, linearly (Huang et al., 2016).
+        drop_path: Probability with which a residual layer at the network's end would be left out
+            for an image in training; the i-th of n layers is with i / n of it (Huang et al.,
+            2016).
         ema_decay: Of the moving average of the weights that is evaluated and kept; None: off.
         clip_norm: Largest global norm of the gradient; None: off.
         precision: Number formats and the scale of the loss.

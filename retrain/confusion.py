@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -32,11 +33,15 @@ def confusion_png(counts: NDArray[np.int64], classes: Sequence[str]) -> bytes:
     figure.colorbar(image, ax=axes, fraction=0.046, label="share of the class's images")
     axes.set(xlabel="predicted class", ylabel="class")
     if named:
-        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-        axes.set_yticks(range(len(classes)), classes)
+        # A name is a name, also with dollar signs in it.
+        axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right", parse_math=False)
+        axes.set_yticks(range(len(classes)), classes, parse_math=False)
         for (row, column), count in np.ndenumerate(counts):
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(count), ha="center", va="center", color=colour, size=8)
     written = io.BytesIO()
-    figure.savefig(written, format="png", bbox_inches="tight", dpi=100)
+    with warnings.catch_warnings():
+        # Letters that the font lacks are drawn as boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(written, format="png", bbox_inches="tight", dpi=100)
     return written.getvalue()

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from retrain.checkpoint import (
     Checkpoint,
+    NotACheckpointError,
     Weights,
     list_faults,
     load_checkpoint,
@@ -253,6 +254,24 @@ def convert(
         size_bytes=size,
         load=load,
     )
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Return the checkpoint that a file holds: one of ours, or weights of another framework.
+
+    Those are recognised from their arrays, as `convert` does it without being told anything.
+
+    Raises:
+        ConfigError: The file is missing, damaged or something else, or its network is not one that
+            is recognised: `convert` can be told which it is.
+    """
+    try:
+        return load_checkpoint(path)
+    except NotACheckpointError:
+        file = read_weight_file(path)
+        if file.metadata.get("format", "").startswith(OURS):
+            raise
+        return _foreign(path, file, Origin(), _Reading(file.sha256))
 
 
 def _check_target(out: Path, to: str, *, overwrite: bool) -> None:

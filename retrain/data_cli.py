@@ -30,12 +30,13 @@ app = typer.Typer(
 @app.command("check")
 def check(source: Source, as_json: Json = False) -> None:
     """Decode every image once and name those that cannot be read."""
-    from retrain.data_sources import class_folders, unreadable
+    from retrain.data_sources import class_folders, passed_over, unreadable
 
     train, test = class_folders(source)
     files = [file for part in (train, test) for name in sorted(part) for file in part[name]]
     with _bar() as show:
         found = unreadable(files, lambda done: show(done, len(files), None))
+    others = passed_over(source)
     if as_json:
         _print_json(
             {
@@ -43,12 +44,15 @@ def check(source: Source, as_json: Json = False) -> None:
                 "train_images": sum(map(len, train.values())),
                 "val_images": sum(map(len, test.values())),
                 "unreadable": found,
+                "passed_over": [str(file) for file in others],
             }
         )
     elif found:
         print("\n".join(found))
     else:
         print(f"{len(files):,} images of {len(train)} classes can be read.")
+    if others and not as_json:
+        print(f"{len(others):,} files are passed over, as {others[0]}: no image ends so.")
     if found:
         raise ConfigError(
             f"{source}: {len(found)} of {len(files):,} images cannot be read; replace or remove"

@@ -59,7 +59,9 @@ _CIFAR = {
     ),
     "cifar100": ("cifar-100-binary", ("train.bin",), "test.bin", "fine_label_names.txt", 2),
 }
-IMAGE_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp"})
+IMAGE_ENDINGS = frozenset(
+    {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
+)
 
 
 def load_source(
@@ -347,18 +349,46 @@ def _complaint(file: Path) -> str:
 def _classes_in(folder: Path) -> dict[str, list[Path]]:
     if not folder.is_dir():
         raise ConfigError(f"data.path: {folder} does not exist; it must hold a folder per class.")
-    classes = {}
-    for entry in sorted(folder.iterdir()):
+    classes, loose = {}, 0
+    for entry in _visible(folder):
         if entry.is_dir():
-            files = sorted(f for f in entry.iterdir() if f.suffix.lower() in IMAGE_ENDINGS)
+            files = [file for file in _visible(entry) if _is_image(file)]
             if not files:
-                raise ConfigError(f"data.path: the class folder {entry} holds no images.")
+                raise ConfigError(
+                    f"data.path: the class folder {entry} holds no images; they must lie in it"
+                    f" directly and end in {', '.join(sorted(IMAGE_ENDINGS))}."
+                )
             classes[entry.name] = files
+        else:
+            loose += _is_image(entry)
     if len(classes) < 2:
+        found = f"{len(classes)}" + (f" and {loose:,} images beside them" if loose else "")
         raise ConfigError(
-            f"data.path: {folder} must hold at least two class folders, but has {len(classes)}."
+            f"data.path: {folder} must hold at least two class folders, but has {found}; move each"
+            " image into the folder of its class."
         )
     return classes
+
+
+def passed_over(folder: Path) -> list[Path]:
+    """Return the files in class folders of train/ and val/ that are not taken for images."""
+    return [
+        file
+        for part in ("train", "val")
+        for entry in _visible(folder / part)
+        if entry.is_dir()
+        for file in _visible(entry)
+        if not _is_image(file)
+    ]
+
+
+def _visible(folder: Path) -> list[Path]:
+    """What lies in a folder, sorted, but for what file managers and notebooks leave there."""
+    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "@")))
+
+
+def _is_image(file: Path) -> bool:
+    return file.suffix.lower() in IMAGE_ENDINGS
 
 
 def _mindrecord(folder: Path, resolution: int, channels: int, augment: AugmentConfig) -> Loaded:

@@ -9,7 +9,7 @@ printed, train.log the story.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from retrain.checkpoint import SavedState, TrainState, load_state
 from retrain.config import Recipe
 from space.architecture import Architecture
 from space.errors import ConfigError
+from space.log_file import LogFile
 from space.records import build, parse_yaml, read_text, record, to_plain
 
 RECIPE, ARCHITECTURE, LOG = "recipe.yaml", "architecture.txt", "train.log"
@@ -205,11 +206,10 @@ def _refuse_another(out: Path, there: dict[str, Any], asked: dict[str, Any]) -> 
 
 
 @contextmanager
-def log_file(path: Path) -> Iterator[None]:
-    """Let this room's messages go to a file, too."""
+def log_file(path: Path, tell: Callable[[str], None]) -> Iterator[None]:
+    """Let this room's messages go to a file, too; `tell` hears it if that cannot be written."""
     room = logging.getLogger("retrain")
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    handler = LogFile(path, logging.Formatter("%(asctime)s %(levelname)s %(message)s"), tell)
     before = room.level
     room.addHandler(handler)
     room.setLevel(logging.INFO)

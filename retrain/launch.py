@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -15,18 +16,26 @@ from pathlib import Path
 
 import psutil
 
-from space.errors import ConfigError, Diverged, MnasError
+from space.errors import ConfigError, Diverged, Interrupted, MnasError
 
 #: A worker that ends with an error leaves msrun so long to end the others.
 _END_LIMIT_S = 20.0
 _LOOK_INTERVAL_S = 0.2
-_COMPLAINT = "retrain: "
 
 #: The variable that names the process without which this one must not live on, by its number: the
 #: parent or, after "msrun:", the parent's parent, where `launch` has started this one. Somebody
 #: else's msrun may leave its workers running.
 PARENT, MSRUN = "MNAS_PARENT_PID", "msrun:"
 _PR_SET_PDEATHSIG = 1
+
+#: A worker's last line: its exit status, which msrun keeps to itself, and a sentence.
+_COMPLAINT = re.compile(r"retrain\[(\d+)\]: (.*)")
+
+
+def complaint(sentence: str, status: int) -> str:
+    """Return the line with which a process of this room says why it ends."""
+    launched = os.environ.get(PARENT, "").startswith(MSRUN)
+    return f"retrain[{status}]: {sentence}" if launched else f"retrain: {sentence}"
 
 
 def launched_workers() -> int:
@@ -40,6 +49,17 @@ def launched_workers() -> int:
 def launched_by_msrun() -> bool:
     """Whether msrun, not mpirun, started this process."""
     return "MS_ROLE" in os.environ
+
+
+def stands_by() -> bool:
+    """Whether a launcher started this process beside the one that trains, where only one does.
+
+    That is msrun's scheduler, and every worker but the first.
+    """
+    if os.environ.get("MS_ROLE") == "MS_SCHED":
+        return True
+    ranks = [os.environ.get(name) for name in ("RANK_ID", "OMPI_COMM_WORLD_RANK")]
+    return launched_workers() > 1 and any(rank not in (None, "0") for rank in ranks)
 
 
 def die_with_parent(parent: int) -> bool:
@@ -73,6 +93,7 @@ def launch(
     Raises:
         ConfigError: A worker refused its input, or msrun is not there.
         Diverged: The training diverged.
+        Interrupted: It was stopped.
         MnasError: A worker failed.
     """
     # msrun starts `python`, whichever comes first in PATH.
@@ -99,7 +120,7 @@ def launch(
         preexec_fn=functools.partial(die_with_parent, os.getpid()),
     )
     try:
-        complaint = _follow(process, logs, on_line)
+        found = _follow(process, logs, on_line)
     finally:
         if process.poll() is None:
             # msrun ends its workers on Ctrl-C.
@@ -109,18 +130,16 @@ def launch(
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-    if complaint is not None and complaint.startswith(Diverged.BEGINNING):
-        raise Diverged(complaint.removeprefix(Diverged.BEGINNING))
-    if complaint is not None:
-        raise ConfigError(complaint)
+    if found is not None:
+        raise _error(*found)
     if process.returncode != 0:
         raise MnasError(f"a worker failed; its output is in {logs}.")
 
 
 def _follow(
     process: subprocess.Popen[bytes], logs: Path, on_line: Callable[[str], None]
-) -> str | None:
-    """Pass on what the first worker prints until all have ended or one complains: of what."""
+) -> tuple[int, str] | None:
+    """Pass on what the first worker prints until all have ended or one complains."""
     first, seen = logs / "worker_0.log", 0
     while True:
         ended = process.poll() is not None
@@ -129,21 +148,28 @@ def _follow(
         whole = text[seen : text.rfind("\n") + 1]
         seen += len(whole)
         for line in whole.splitlines():
-            if not line.startswith(("[", _COMPLAINT)):
+            if not line.startswith("[") and _COMPLAINT.match(line) is None:
                 on_line(line)
-        complaint = _complaint(logs)
-        if ended or complaint is not None:
-            return complaint
+        found = _complaint_in(logs)
+        if ended or found is not None:
+            return found
         time.sleep(_LOOK_INTERVAL_S)
 
 
-def _complaint(logs: Path) -> str | None:
-    """The sentence with which a worker ended."""
+def _complaint_in(logs: Path) -> tuple[int, str] | None:
+    """The exit status and the sentence with which a worker ended."""
     for log in sorted(logs.glob("worker_*.log")):
         for line in log.read_text(errors="replace").splitlines():
-            if line.startswith(_COMPLAINT):
-                return line.removeprefix(_COMPLAINT)
+            if (found := _COMPLAINT.match(line)) is not None:
+                return int(found[1]), found[2]
     return None
+
+
+def _error(status: int, sentence: str) -> MnasError:
+    if status == Diverged.exit_status:
+        return Diverged(sentence.removeprefix(Diverged.BEGINNING))
+    kinds = {kind.exit_status: kind for kind in (ConfigError, Interrupted)}
+    return kinds.get(status, MnasError)(sentence)
 
 
 def _free_port() -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from retrain.checkpoint import TrainState
 from retrain.evaluate import Evaluation
 from retrain.progress import TrainProgress
-from space.errors import Diverged, TrialFailed
+from space.errors import ConfigError, Diverged, TrialFailed
 
 if TYPE_CHECKING:
     from retrain.train import Trainer
@@ -149,6 +149,8 @@ class Loop:
             epoch=self._trainer.epoch,
             losses=tuple(self.losses),
             accuracies=tuple(self.accuracies),
+            global_batch=self._trainer.global_batch,
+            train_images=len(self._trainer.data.train),
             arrays={
                 **self._trainer.arrays(),
                 "epoch_losses": np.array([float(x) for x in self._epoch_losses], np.float32),
@@ -156,7 +158,27 @@ class Loop:
         )
 
     def restore(self, state: TrainState) -> None:
-        """Go on from a state."""
-        self._trainer.restore(state.step, state.arrays)
+        """Go on from a state; where the workers' number has changed, from an epoch's end.
+
+        Raises:
+            ConfigError: The training images are not as many as they were, or the images of a step
+                within an epoch.
+        """
+        trainer = self._trainer
+        images, step = len(trainer.data.train), state.step
+        if state.train_images != images:
+            raise ConfigError(
+                f"data: must hold the {state.train_images:,} training images that the training"
+                f" began with, but holds {images:,}; put them back, or train into another folder."
+            )
+        if state.global_batch != trainer.global_batch:
+            if len(state.arrays["epoch_losses"]):
+                raise ConfigError(
+                    f"the global batch must be {state.global_batch:,}, for the training was"
+                    f" stopped within an epoch, but got {trainer.global_batch:,}; go on with as"
+                    " many workers as before."
+                )
+            step = state.epoch * trainer.steps_per_epoch
+        trainer.restore(step, state.arrays)
         self._epoch_losses = state.arrays["epoch_losses"].tolist()
         self.losses, self.accuracies = list(state.losses), list(state.accuracies)

@@ -186,7 +186,8 @@ def to_mindrecord(
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        there = {path.name for path in out.iterdir()}
+        # Beside them, a killed call may have left a half-written list.
+        there = {path.name for path in out.iterdir() if path.suffix != ".tmp"}
         if there - {_LOCK, _WRITING} and MANIFEST not in there:
             raise ConfigError(
                 f"{out}: must be a new folder or one of MindRecord files, but is neither."
@@ -214,6 +215,9 @@ def _write_all(
             f"{out}: holds MindRecord files of other classes, which differ in"
             f" {', '.join(differing)}; choose another folder."
         )
+    if before is None:
+        # Before the first file: by it a later call knows the folder as its own.
+        _save_manifest(out, Manifest(names, counts, (), False))
     known = {file.name: file for file in before.record_files} if before else {}
     clock = _Clock(sum(map(sum, counts.values())), on_progress)
     finished: list[RecordFile] = []

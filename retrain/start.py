@@ -6,8 +6,9 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
-from retrain.checkpoint import Checkpoint, Weights, check_weights, load_checkpoint
+from retrain.checkpoint import Checkpoint, Weights, check_weights
 from retrain.config import Recipe
+from retrain.convert import open_checkpoint
 from retrain.data import class_names
 from retrain.request import TrainRequest
 from space.architecture import Architecture
@@ -52,7 +53,7 @@ def make_start(recipe: Recipe, request: TrainRequest) -> Start:
     arch, path, resolution = request.arch, request.ckpt_path, request.resolution
     if path is None:
         return Start(network_for(arch, recipe, resolution=resolution), recipe)
-    checkpoint = load_checkpoint(path)
+    checkpoint = open_checkpoint(path)
     weights = dict(checkpoint.weights)
     if request.finetune:
         classes = class_names(recipe.data)

@@ -6,7 +6,6 @@ cannot be done with good input, in one and exit status 1.
 
 from __future__ import annotations
 
-import errno
 import os
 import sqlite3
 import sys
@@ -15,15 +14,11 @@ from typing import cast
 import typer
 
 from search.cli import app
-from space.errors import ConfigError, MnasError
+from space.errors import ConfigError, Interrupted, MnasError
+from space.files import is_full
 
 #: The class of all complaints about flags and arguments, whichever click typer is built on.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-
-#: No space, a quota, a limit on the size of a file.
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-EXIT_ERROR, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
 
 
 def main() -> None:
@@ -36,25 +31,24 @@ def _run() -> int:
         status = app(standalone_mode=False)
         return status if isinstance(status, int) else 0
     except MnasError as error:
-        bad_input = isinstance(error, ConfigError)
-        return _complain(str(error), EXIT_BAD_INPUT if bad_input else EXIT_ERROR)
+        return _complain(str(error), error.exit_status)
     except _UsageError as error:
         message = cast(typer.BadParameter, error).format_message()
-        return _complain(f"{message.rstrip('.')}. See `mnas --help`.", EXIT_BAD_INPUT)
+        return _complain(f"{message.rstrip('.')}. See `mnas --help`.", ConfigError.exit_status)
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("stopped.", EXIT_INTERRUPTED)
+        return _complain("stopped.", Interrupted.exit_status)
     except BrokenPipeError:
         # The reader of a pipe went away: nothing to say, and nowhere to say it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return EXIT_ERROR
+        return MnasError.exit_status
     except (sqlite3.OperationalError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _NO_ROOM:
-            raise
+        if isinstance(error, OSError) and not is_full(error):
+            return _complain(f"cannot read or write: {error}.", MnasError.exit_status)
         remedy = "end the program that holds it" if "locked" in str(error) else "make room"
         return _complain(
             f"cannot write: {error}; what was committed is safe, so {remedy} and go on with"
             " `mnas resume`.",
-            EXIT_ERROR,
+            MnasError.exit_status,
         )
 
 

@@ -148,7 +148,8 @@ def continue_with(folder: Path, wanted: CampaignConfig) -> Campaign:
     """
     saved = read_config(folder)
     changes = differences(config_to_plain(saved), config_to_plain(wanted))
-    refused = [change for change in changes if not may_change(change[0])]
+    # Full trainings can be asked for later, if none were before.
+    refused = [c for c in changes if not may_change(c[0]) and c[:2] != ("retrain", None)]
     if refused:
         listed = "; ".join(f"{key} is {ours!r}, given {theirs!r}" for key, ours, theirs in refused)
         raise ConfigError(

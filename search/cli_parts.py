@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from retrain import __main__ as room
 from retrain.convert_cli import convert
 from retrain.data_cli import app as data_app
 from space.errors import ConfigError, MnasError
+
+if TYPE_CHECKING:
+    from search.config import CampaignConfig
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on one line.")]
 Arch = Annotated[
@@ -280,10 +283,26 @@ def retrain(
     scale_lr: room.ScaleLr = False,
     tensorboard: room.Tensorboard = False,
 ) -> None:
-    """Train a network fully with a recipe, or a campaign's best networks with the campaign's."""
+    """Train a network fully with a recipe, or a campaign's best networks with the campaign's.
+
+    With --campaign, --config names the recipe if the campaign has none; --data_dir, --threads and
+    --workers say where its data are and how it is to be trained here.
+    """
     if campaign is not None:
-        _hand_over(campaign, top, as_json=as_json)
+        others = {
+            "arch": arch, "out": out, "resolution": resolution, "seed": seed or None,
+            "resume": resume or None, "ckpt_path": ckpt_path, "distribute": distribute,
+            "scale_lr": scale_lr or None, "tensorboard": tensorboard or None,
+        }  # fmt: skip
+        if given := [f"--{name}" for name, value in others.items() if value is not None]:
+            raise ConfigError(f"--campaign: goes without {', '.join(given)}; leave them out.")
+        changed = _with_recipe(
+            campaign, config, tuple(overrides or ()), data_dir, threads, workers
+        )
+        _hand_over(campaign, changed, top, as_json=as_json)
         return
+    if top is not None:
+        raise ConfigError("--top: goes with --campaign DIR only; give that, too.")
     if config is None:
         raise ConfigError("retrain: needs --config, or --campaign DIR.")
     text = find_network(arch).text if arch is not None and ":" in arch else arch
@@ -293,24 +312,72 @@ def retrain(
     )  # fmt: skip
 
 
-def _hand_over(folder: Path, top: int | None, *, as_json: bool) -> None:
+def _with_recipe(
+    folder: Path,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    data_dir: str | None,
+    threads: int | None,
+    workers: int | None,
+) -> CampaignConfig:
+    """A campaign's configuration with what a command says of its full trainings.
+
+    Raises:
+        ConfigError: There is no recipe, or what is said does not fit it.
+    """
+    from retrain.config import load_recipe
+    from search.campaign import read_config
+    from search.config import RetrainConfig
+
+    config = read_config(folder)
+    section = config.retrain
+    if overrides and recipe is None:
+        raise ConfigError(
+            f"{overrides[0]}: goes with --config, for a campaign without a recipe; leave it out."
+        )
+    try:
+        if recipe is not None:
+            loaded = load_recipe(recipe, overrides, data_dir=data_dir)
+            section = (
+                RetrainConfig(loaded)
+                if section is None
+                else dataclasses.replace(section, recipe=loaded)
+            )
+        elif section is not None and data_dir is not None:
+            data = dataclasses.replace(section.recipe.data, path=data_dir)
+            changed = dataclasses.replace(section.recipe, data=data)
+            section = dataclasses.replace(section, recipe=changed)
+        if section is not None:
+            given = {"threads": threads, "workers": workers}
+            said: dict[str, Any] = {name: n for name, n in given.items() if n is not None}
+            section = dataclasses.replace(section, **said)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{folder}: retrain: {error}.") from None
+    return dataclasses.replace(config, retrain=section)
+
+
+def _hand_over(folder: Path, config: CampaignConfig, top: int | None, *, as_json: bool) -> None:
     from rich.console import Console
 
-    from search.campaign import open_to_write
+    from search.campaign import continue_with
     from search.campaign_log import campaign_logs
     from search.environment import note_environment
     from search.finalists import hand_over
     from search.parts import Parts
     from search.progress import Progress
+    from search.report import write_report
 
     with (
-        open_to_write(folder) as campaign,
+        continue_with(folder, config) as campaign,
         Progress(Console(stderr=True), 0, 0, None) as progress,
         campaign_logs(folder, progress.note),
     ):
         parts = Parts(campaign.config)
         note_environment(campaign.store, parts.meters, progress.note)
         winner = hand_over(campaign, parts, progress, top=top)
+        write_report(campaign.store, campaign.config, folder / "report.html")
     if winner is None:
         raise MnasError(f"{folder}: no network was retrained; campaign.log says why.")
     if as_json:
@@ -372,10 +439,12 @@ def _winner(folder: Path) -> int:
 
 def _trained_weights(folder: Path, trial: int) -> Path:
     campaign_trial(folder, str(trial))
-    weights = folder / "finalists" / f"trial_{trial}" / "model.safetensors"
-    if not weights.exists():
+    from search.finalists import weights_of
+
+    trained = folder / "finalists" / f"trial_{trial}"
+    if not (trained / "result.json").exists():
         raise ConfigError(
             f"{folder}: trial {trial} has no trained weights; train its network with"
-            f" `mnas retrain --config RECIPE --arch {folder}:{trial} --out {weights.parent}`."
+            f" `mnas retrain --config RECIPE --arch {folder}:{trial} --out {trained}`."
         )
-    return weights
+    return weights_of(trained)

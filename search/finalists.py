@@ -35,11 +35,16 @@ from space.errors import ConfigError, MeasurementError, TrialFailed
 from space.files import write_atomically
 from space.records import dump_yaml
 
-#: A finalist's weights, in its folder.
-_WEIGHTS = "model.safetensors"
-
-#: Its quantized file, there and, the winner's, in export/.
+#: A finalist's quantized file, in its folder and, the winner's, in export/.
 _INT8_FILE = "model_int8.onnx"
+
+#: Under which key of the database a full training's figures are, by the finalist's id, and which
+#: of its result.json they are: the report is made from the database alone.
+FULL_TRAININGS = "full_trainings"
+_FIGURES = (
+    "accuracies", "losses", "epochs", "seconds", "images_per_s", "workers", "global_batch",
+    "resumed_at_epoch",
+)  # fmt: skip
 
 
 class LineWatcher(Protocol):
@@ -71,7 +76,10 @@ def hand_over(
     """
     config = campaign.config.retrain
     if config is None:
-        raise ConfigError(f"{campaign.folder}: its configuration has no retrain section.")
+        raise ConfigError(
+            f"{campaign.folder}: its configuration has no recipe for full trainings; give one,"
+            f" `mnas retrain --campaign {campaign.folder} --config RECIPE`."
+        )
     target_ms = campaign.store.meta("target_ms")
     if target_ms is None:
         raise ConfigError(f"{campaign.folder}: its search has not begun; nothing to retrain.")
@@ -91,6 +99,12 @@ def candidates(store: Store, count: int) -> list[Trial]:
     for trial in [*sorted(recommended, key=lambda t: ids.index(t.id)), *store.best(count)]:
         chosen.setdefault(trial.architecture_hash, trial)
     return list(chosen.values())[:count]
+
+
+def weights_of(folder: Path) -> Path:
+    """Return the weights file of a finished full training's folder."""
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return folder / str(result["weights"])
 
 
 class HandOver:
@@ -228,7 +242,10 @@ class HandOver:
         if threads is not None:
             command += ["--threads", str(threads)]
         self._run(command)
-        result = json.loads((folder / "result.json").read_text())
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        figures = {name: result[name] for name in _FIGURES}
+        known = self._store.meta(FULL_TRAININGS, {})
+        self._store.set_meta(FULL_TRAININGS, {**known, str(finalist.id): figures})
         return float(result["validation_accuracy"])
 
     def _quantized(self, finalist: Trial) -> Trial:
@@ -238,7 +255,7 @@ class HandOver:
         folder = self._folder(finalist)
         # Whatever int8 costs: it is in the reward.
         exported = self._json(
-            "export", "--ckpt_path", str(folder / _WEIGHTS), "--int8", "--max_drop", "1",
+            "export", "--ckpt_path", str(weights_of(folder)), "--int8", "--max_drop", "1",
             "--out", str(folder / _INT8_FILE), "--overwrite",
         )  # fmt: skip
         metrics = {**(finalist.metrics or {}), INT8_ACCURACY: float(exported["exported_top1"])}
@@ -249,7 +266,7 @@ class HandOver:
         known = self._store.meta("winner")
         if known is not None and known["trial"] == finalist.finalist_of:
             return dict(known)
-        weights = self._folder(finalist) / _WEIGHTS
+        weights = weights_of(self._folder(finalist))
         export = self._campaign.folder / "export"
         export.mkdir(exist_ok=True)
         tested = self._json("validate", "--ckpt_path", str(weights), "--split", "test")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import html
 import json
 from collections.abc import Iterable, Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from space.errors import ConfigError
-from space.files import write_atomically
+from space.files import is_full, write_atomically
 
 
 def html_table(
@@ -53,6 +52,6 @@ def write_named(path: Path, content: bytes) -> None:
     try:
         write_atomically(path, content)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if is_full(error):
             raise
         raise ConfigError(f"{path}: cannot be written: {error.strerror or error}.") from None

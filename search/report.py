@@ -36,6 +36,7 @@ from search.report_data import (
     read_facts,
     script_values,
 )
+from search.report_finalists import curves, trainings_html
 from search.store import Store
 from search.trial import Trial
 from space.architecture import Architecture
@@ -71,13 +72,14 @@ def _page(store: Store, config: CampaignConfig) -> str:
         rewards=_rewards(facts),
         learning=_learning(facts.diagnostics),
         networks=_networks(facts),
+        trainings=trainings_html(facts),
         trials=_trials(facts),
         failures=_failures(facts),
         configuration=_configuration(config),
         environment=_environment(facts),
         events=_events(store),
         footer=f"<p>Written {_time(time.time())}. {_escape(facts.shown.note)}</p>",
-        data=script_text(script_values(facts)),
+        data=script_text({**script_values(facts), "trainings": curves(facts)}),
         plotly=get_plotlyjs(),
     )
 

@@ -11,8 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 
 from latency.processes import kill_group
-from retrain.__main__ import EXIT_DIVERGED
-from space.errors import TrialFailed
+from space.errors import Diverged, TrialFailed
 
 #: A command that prints nothing for so long is taken to hang. A training prints a line in 20 steps
 #: and at every validation, but `validate` and `export` print at their end only: exported in int8,
@@ -73,7 +72,7 @@ def run_retrain(
     else:
         return lines
     # A training that diverged would do so again.
-    diverged = not hung and process.returncode == EXIT_DIVERGED
+    diverged = not hung and process.returncode == Diverged.exit_status
     raise TrialFailed(
         f"retrain {arguments[0]} {fault}",
         cause="architecture" if diverged else "infrastructure",

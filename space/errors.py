@@ -1,10 +1,11 @@
 """The engine's own exceptions: those that some caller catches to act on.
 
-MnasError
-├── ConfigError        bad input: a file, a flag, an architecture's text (exit status 2)
+MnasError              a command that it ends has exit status 1
+├── ConfigError        bad input: a file, a flag, an architecture's text (2)
+├── Interrupted        a person ended it, by Ctrl-C or a signal (130)
 ├── MeasurementError   a device gave no believable figure; recorded as a failed measurement
 └── TrialFailed        a child network gave no accuracy; recorded as a failed trial
-    └── Diverged       because its training diverged
+    └── Diverged       because its training diverged (3)
 
 Callers' programming mistakes are plain ValueError and TypeError.
 """
@@ -12,22 +13,36 @@ Callers' programming mistakes are plain ValueError and TypeError.
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import ClassVar, Literal
 
 FailureCause = Literal["architecture", "infrastructure"]
 
 
 class MnasError(Exception):
-    """Root of the engine's exceptions."""
+    """Root of the engine's exceptions.
+
+    Attributes:
+        exit_status: Of a command that ends with it.
+    """
+
+    exit_status: ClassVar[int] = 1
 
 
 class ConfigError(MnasError, ValueError):
     """One sentence: where, rule, what was given, remedy. Words of hundreds of letters are cut."""
 
+    exit_status = 2
+
     def __init__(self, sentence: str) -> None:
         super().__init__(
             re.sub(r"\S{300,}", lambda word: f"{word[0][:60]}...{word[0][-1]}", sentence)
         )
+
+
+class Interrupted(MnasError):
+    """A person ended a command; the message says how to go on."""
+
+    exit_status = 130
 
 
 class MeasurementError(MnasError):
@@ -65,7 +80,9 @@ class Diverged(TrialFailed):
         sign: By which it was noticed.
     """
 
-    #: How the reason begins; a launcher reads it in the output of its workers.
+    exit_status = 3
+
+    #: How the reason begins.
     BEGINNING = "diverged: "
 
     def __init__(self, sign: str) -> None:

@@ -1,7 +1,8 @@
-"""What every room that writes files needs: whole files or none, and who wrote them."""
+"""What every room that writes files needs: whole files or none, no room, and who wrote them."""
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import os
 import platform
@@ -29,6 +30,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def is_full(error: OSError) -> bool:
+    """Whether a file could not be written for want of room: a disk, a quota, a limit of size."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def versions() -> dict[str, str]:

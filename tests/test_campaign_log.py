@@ -108,7 +108,7 @@ def test_a_log_that_cannot_be_made_is_told_of_and_ends_nothing(tmp_path: Path) -
         logging.getLogger("search.some").info("one")
         logging.getLogger("search.some").info("two")
     (warning,) = notes.notes
-    assert f"{tmp_path / 'log.jsonl'}: is not written, the campaign goes on: " in warning
+    assert f"{tmp_path / 'log.jsonl'}: is not written, the work goes on: " in warning
     assert len((tmp_path / "campaign.log").read_text().splitlines()) == 2
 
 

@@ -29,7 +29,7 @@ from safetensors.numpy import load_file, save_file
 
 from retrain.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from retrain.commands import validate_command
-from retrain.convert import ConvertReport, Origin, convert
+from retrain.convert import ConvertReport, Origin, convert, open_checkpoint
 from retrain.data import Normalisation
 from retrain.frameworks import (
     FRAMEWORKS,
@@ -426,6 +426,25 @@ def test_wrappers_prefixes_are_cut_and_it_is_said(tmp_path: Path) -> None:
     )
     assert "n_averaged" in report.ignored[0].names
     assert same_arrays(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+
+
+def test_a_checkpoint_of_another_framework_is_opened_as_one_of_ours(tmp_path: Path) -> None:
+    network = known_network(FRAMEWORKS["mindcv"], "mnasnet_050")
+    arrays = foreign_arrays("mindcv", network)
+    source = tmp_path / "mnasnet_050.ckpt"
+    ms.save_checkpoint([{"name": n, "data": ms.Tensor(v)} for n, v in arrays.items()], str(source))
+    opened = open_checkpoint(source)
+    assert (opened.architecture, opened.training) == (network, None)
+    assert opened.style == FRAMEWORKS["mindcv"].style
+    assert np.array_equal(opened.weights["stem.conv.weight"], arrays["features.0.weight"])
+    convert(source, tmp_path / "ours.ckpt")
+    again = open_checkpoint(tmp_path / "ours.ckpt")
+    assert all(np.array_equal(again.weights[n], v) for n, v in opened.weights.items())
+    (tmp_path / "text.ckpt").write_text("no weights")
+    with pytest.raises(ConfigError, match="something else or damaged|damaged MindSpore file"):
+        open_checkpoint(tmp_path / "text.ckpt")
+    with pytest.raises(ConfigError, match="no such checkpoint file"):
+        open_checkpoint(tmp_path / "none.ckpt")
 
 
 def test_the_state_of_mindcvs_training_is_left_and_its_averages_are_a_choice(

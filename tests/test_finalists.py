@@ -12,8 +12,7 @@ import psutil
 import pytest
 from campaigns import write_synthetic
 
-from retrain.__main__ import EXIT_DIVERGED, EXIT_ERROR
-from search.campaign import open_to_write
+from search.campaign import open_to_write, read_config
 from search.cli_parts import retrain
 from search.config import load_campaign_config
 from search.engine import Silent, resume, start
@@ -22,7 +21,7 @@ from search.parts import Parts
 from search.retrain_command import run_retrain
 from search.store import Store
 from search.trial import Failure
-from space.errors import Diverged, MnasError, TrialFailed
+from space.errors import ConfigError, Diverged, MnasError, TrialFailed
 
 # The retrain room's command line as far as a training that fails: it is counted, speaks and ends.
 ROOM = """
@@ -64,7 +63,7 @@ def failures(folder: Path) -> list[Failure]:
 
 
 def test_a_finalist_that_diverged_is_recorded_as_such_and_not_trained_again(folder: Path) -> None:
-    run_room(folder, "retrain: diverged: the loss was nan at step 3", EXIT_DIVERGED)
+    run_room(folder, "retrain: diverged: the loss was nan at step 3", Diverged.exit_status)
     start_campaign(folder)
     assert resume(folder / "run").winner is None
     assert (folder / "started").read_text().split() == ["train"]
@@ -74,9 +73,9 @@ def test_a_finalist_that_diverged_is_recorded_as_such_and_not_trained_again(fold
 
 
 def test_the_campaigns_log_says_why_no_network_was_retrained(folder: Path) -> None:
-    run_room(folder, "retrain: MindSpore failed: no device is free", EXIT_ERROR)
+    run_room(folder, "retrain: MindSpore failed: no device is free", MnasError.exit_status)
     start_campaign(folder)
-    run_room(folder, "retrain: diverged: the loss was nan at step 3", EXIT_DIVERGED)
+    run_room(folder, "retrain: diverged: the loss was nan at step 3", Diverged.exit_status)
     with pytest.raises(MnasError, match=r"no network was retrained; campaign\.log says why"):
         retrain(campaign=folder / "run")
     log = (folder / "run" / "campaign.log").read_text()
@@ -87,7 +86,7 @@ def test_the_campaigns_log_says_why_no_network_was_retrained(folder: Path) -> No
 
 
 def test_a_finalist_whose_training_failed_otherwise_is_trained_again(folder: Path) -> None:
-    run_room(folder, "retrain: MindSpore failed: no device is free", EXIT_ERROR)
+    run_room(folder, "retrain: MindSpore failed: no device is free", MnasError.exit_status)
     start_campaign(folder)
     resume(folder / "run")
     assert (folder / "started").read_text().split() == ["train", "train"]
@@ -108,7 +107,7 @@ time.sleep(600)
 def test_a_finalist_that_hung_is_killed_with_what_it_started_and_trained_again(
     folder: Path,
 ) -> None:
-    run_room(folder, "retrain: MindSpore failed: no device is free", EXIT_ERROR)
+    run_room(folder, "retrain: MindSpore failed: no device is free", MnasError.exit_status)
     start_campaign(folder)
     (folder / "retrain" / "__main__.py").write_text(HANGING)
     with open_to_write(folder / "run") as campaign:
@@ -119,9 +118,34 @@ def test_a_finalist_that_hung_is_killed_with_what_it_started_and_trained_again(
     assert hung.cause == "infrastructure"
     assert hung.reason == "retrain train hung: it printed nothing for 5 s and was killed"
     assert hung.detail == "epoch 1/16"
-    run_room(folder, "retrain: diverged: the loss was nan at step 3", EXIT_DIVERGED)
+    run_room(folder, "retrain: diverged: the loss was nan at step 3", Diverged.exit_status)
     resume(folder / "run")
     assert [f.cause for f in failures(folder)][1:] == ["infrastructure", "architecture"]
+
+
+def test_a_campaign_without_a_recipe_is_handed_over_with_one_that_is_given(folder: Path) -> None:
+    run_room(folder, "retrain: diverged: the loss was nan at step 3", Diverged.exit_status)
+    path = write_synthetic(folder, trials=1, fail_share=0.0)
+    start(load_campaign_config(str(path)), folder / "run")
+    with pytest.raises(
+        ConfigError, match=r"no recipe for full trainings; give one, `mnas retrain"
+    ):
+        retrain(campaign=folder / "run")
+    with pytest.raises(MnasError, match="no network was retrained"):
+        retrain(campaign=folder / "run", config="digits", overrides=["epochs=2"], threads=1)
+    saved = read_config(folder / "run").retrain
+    assert saved is not None
+    assert (saved.recipe.epochs, saved.threads) == (2, 1)
+    # Now it is settled.
+    with pytest.raises(ConfigError, match=r"retrain.recipe.epochs is 2, given 3"):
+        retrain(campaign=folder / "run", config="digits", overrides=["epochs=3"], threads=1)
+
+
+def test_flags_that_a_hand_over_does_not_heed_are_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--campaign: goes without --out, --seed, --resume;"):
+        retrain(campaign=folder / "run", out=folder, seed=3, resume=True)
+    with pytest.raises(ConfigError, match="--top: goes with --campaign DIR only"):
+        retrain(config="digits", top=3)
 
 
 def wait_until_ended(process: int) -> None:
@@ -148,7 +172,7 @@ def test_what_a_finished_training_leaves_behind_is_not_waited_for(folder: Path) 
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_a_training_is_told_by_its_last_lines(folder: Path, count: int) -> None:
-    run_room(folder, "a line\\n" * count + "\\n", EXIT_ERROR)
+    run_room(folder, "a line\\n" * count + "\\n", MnasError.exit_status)
     with pytest.raises(TrialFailed, match="ended with status 1: ") as e:
         run_retrain(["export"], print)
     assert e.value.detail == "\n".join(["a line"] * count)

@@ -15,7 +15,7 @@ import pytest
 from filelock import FileLock
 from image_folders import make_image_folder
 
-from retrain import data_cli
+from retrain import data_cli, mindrecord
 from retrain.data import class_names, load_data, train_batches
 from retrain.data_config import AugmentConfig, DataConfig
 from retrain.data_sources import class_folders
@@ -122,6 +122,26 @@ def test_after_kill_minus_9_the_same_call_goes_on(folder: Path, tmp_path: Path) 
     assert not (out / ".writing").exists()
     # What was there is counted, but not into the time that the rest takes.
     assert done[0] == Progress(10, 32, None)
+
+
+def test_killed_before_the_first_file_was_listed_the_same_call_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save, saved = mindrecord._save_manifest, []
+
+    def save_once(out: Path, manifest: Manifest) -> None:
+        if saved:
+            raise KeyboardInterrupt
+        saved.append(manifest)
+        save(out, manifest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mindrecord, "_save_manifest", save_once)
+        with pytest.raises(KeyboardInterrupt):
+            convert(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "train-00000.mindrecord").is_file()
+    (tmp_path / "out" / f".{MANIFEST}.123.tmp").write_text("{")
+    assert convert(folder, tmp_path / "out").finished
 
 
 def in_tests() -> dict[str, str]:

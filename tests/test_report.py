@@ -14,6 +14,7 @@ import pytest
 
 from latency.measurement import Measurement
 from search.config import CampaignConfig, campaign_config
+from search.finalists import FULL_TRAININGS
 from search.objective import Objective, ObjectiveConfig
 from search.pareto import pareto_front
 from search.report import write_report
@@ -146,6 +147,12 @@ def crown(store: Store, trial: Trial) -> None:
             )
         ]
     )
+    figures = {
+        "accuracies": [0.9, 0.97, 0.985], "losses": [1.0, 0.6, 0.5], "epochs": 60,
+        "seconds": 840.0, "images_per_s": 512.4, "workers": 2, "global_batch": 128,
+        "resumed_at_epoch": 12,
+    }  # fmt: skip
+    store.set_meta(FULL_TRAININGS, {"-1": figures})
     store.set_meta("stop_reason", "all 400 trials are done")
     store.set_meta(
         "winner",
@@ -432,11 +439,20 @@ def test_the_page_runs_without_complaint_and_without_the_network(visit: Visit) -
     headings = visit.page.locator("h2").all_text_contents()
     assert headings == [
         "Accuracy and latency", "Reward over trials", "What the controller learned",
-        "The best networks", "Trials", "Trials without a reward", "Configuration",
+        "The best networks", "Full trainings", "Trials", "Trials without a reward",
+        "Configuration",
         "Device, versions and environment", "Events",
     ]  # fmt: skip
-    assert visit.page.locator(".js-plotly-plot").count() == 5
+    assert visit.page.locator(".js-plotly-plot").count() == 6
     assert visit.page.locator(".network svg.mnas-net").count() == 5
+
+
+def test_the_page_tells_of_every_full_training(visit: Visit) -> None:
+    section = visit.page.locator("#trainings")
+    cells = section.locator("tbody tr td").all_text_contents()
+    assert cells[2] == "0.9850"
+    assert cells[5:] == ["60", "14 min 0 s, resumed", "512", "2 x 64", "the winner"]
+    assert section.locator(".js-plotly-plot").count() == 1
 
 
 def test_what_comes_from_outside_stays_text(visit: Visit) -> None:
@@ -511,6 +527,7 @@ def test_unfinished_campaigns_give_a_page_without_script_errors(
     page.on("pageerror", lambda error: complaints.append(str(error)))
     page.on("console", lambda message: complaints.append(message.text))
     page.goto(path.as_uri())
-    assert page.locator("h2").count() == 9
+    assert page.locator("h2").count() == 10
+    assert "None was asked for" in page.locator("#trainings").inner_text()
     assert complaints == []
     page.close()

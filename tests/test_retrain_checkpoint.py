@@ -66,8 +66,8 @@ def test_a_ckpt_of_mindspore_holds_the_same_as_safetensors(tmp_path: Path) -> No
 def test_averaged_weights_are_those_that_are_evaluated() -> None:
     weights = initial_parameters(NETWORK, 1)
     averages = {f"ema.{name}": value + 1 for name, value in weights.items()}
-    plain = TrainState(0, 0, (), (), {**weights, "loss_scale": np.zeros(2)})
-    averaged = TrainState(0, 0, (), (), {**weights, **averages})
+    plain = TrainState(0, 0, (), (), 4, 40, {**weights, "loss_scale": np.zeros(2)})
+    averaged = TrainState(0, 0, (), (), 4, 40, {**weights, **averages})
     for name, value in weights.items():
         assert np.array_equal(plain.evaluated_weights(NETWORK)[name], value)
         assert np.array_equal(averaged.evaluated_weights(NETWORK)[name], value + 1)
@@ -87,7 +87,7 @@ def test_a_state_is_read_back_as_it_was_with_types_and_shapes(tmp_path: Path) ->
         "optimizer.learning_rate": np.array(0.5, np.float32),
     }
     recipe = Recipe(DataConfig("digits"), 3)
-    state = TrainState(77, 2, (2.0, 1.5), (0.5, 0.75), arrays)
+    state = TrainState(77, 2, (2.0, 1.5), (0.5, 0.75), 4, 140, arrays)
     written = SavedState(NETWORK.text, recipe, 5, "ab12", state)
     save_state(tmp_path / "s", written)
     read = load_state(tmp_path / "s")
@@ -158,7 +158,7 @@ def test_a_missing_checkpoint_and_a_folder_are_refused(tmp_path: Path) -> None:
 
 def test_a_training_state_is_not_taken_for_a_checkpoint(tmp_path: Path) -> None:
     recipe = Recipe(DataConfig("digits"), 3)
-    state = TrainState(0, 0, (), (), {})
+    state = TrainState(0, 0, (), (), 4, 40, {})
     save_state(tmp_path / "s", SavedState(NETWORK.text, recipe, 5, None, state))
     with pytest.raises(ConfigError, match="must be in the format 'mnas weights 2'"):
         load_checkpoint(tmp_path / "s")

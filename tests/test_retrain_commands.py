@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -25,7 +27,7 @@ from retrain import commands, export
 from retrain.checkpoint import load_checkpoint, load_state, save_checkpoint
 from retrain.commands import export_command, validate_command
 from retrain.config import load_recipe
-from retrain.confusion import count_confusions
+from retrain.confusion import confusion_png, count_confusions
 from retrain.folder import TrainReport
 from retrain.request import TrainRequest
 from retrain.start import network_for
@@ -99,12 +101,46 @@ def test_the_last_epochs_and_the_best_are_kept_as_they_were_evaluated(
     assert all(tag in events.read_bytes() for tag in (b"loss/train", b"accuracy/validation"))
 
 
+def test_the_best_weights_are_kept_before_the_state_says_so(
+    tmp_path: Path, recipe: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, saved: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(commands, "save_state", full)
+    with pytest.raises(OSError, match="No space left"):
+        train_command(recipe, TINY_TEXT, out=tmp_path / "out", threads=1)
+    best = load_checkpoint(tmp_path / "out" / "best.safetensors").training
+    assert best is not None
+    assert best.epochs == 1
+
+
+def test_a_full_disk_ends_a_training_in_a_sentence_that_says_how_to_go_on(
+    tmp_path: Path, recipe: str
+) -> None:
+    done = subprocess.run(
+        started(recipe, tmp_path / "out"),
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env=QUIET,
+        # The largest file may have 8,000 bytes: the state has more.
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8_000, 8_000)),
+    )
+    assert done.returncode == 1
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("retrain: cannot read or write: ")
+    assert last.endswith("make room and go on with the same command and --resume.")
+    assert "Traceback" not in done.stderr
+
+
 def test_a_confusion_matrix_counts_every_image_and_is_drawn(folder: Path, tmp_path: Path) -> None:
-    path = tmp_path / "confusion.png"
+    path = tmp_path / "plots" / "confusion.png"
     report = validate_command(folder / "model.safetensors", confusion_matrix=path, threads=1)
     assert report.confusion_matrix == str(path)
     assert path.read_bytes().startswith(b"\x89PNG")
     counts = count_confusions(np.array([0, 0, 1, 2]), np.array([0, 1, 1, 0]), 3)
+    assert confusion_png(counts, ["$5 to $10", "\N{CJK UNIFIED IDEOGRAPH-72D7}", "_x^"])
     assert counts.tolist() == [[1, 1, 0], [0, 1, 0], [1, 0, 0]]
     with pytest.raises(ConfigError, match=r"--confusion_matrix: must end in \.png"):
         validate_command(folder / "model.safetensors", confusion_matrix=tmp_path / "m.jpg")
@@ -175,6 +211,15 @@ def test_the_test_split_is_another_one(folder: Path) -> None:
     assert report.per_class_top1.keys() == set("0123456789")
 
 
+def test_images_that_a_training_did_not_hold_out_are_told_of(folder: Path, tmp_path: Path) -> None:
+    assert validate_command(folder / "model.safetensors", threads=1).note is None
+    other = tmp_path / "other.yaml"
+    other.write_text(TINY_RECIPE.replace("0.2}", "0.3}"))
+    report = validate_command(folder / "model.safetensors", config=str(other), threads=1)
+    assert report.note is not None
+    assert "holds out other images" in report.note
+
+
 def test_another_split_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match="--split: must be validation or test, but got 'train'"):
         validate_command(folder / "model.safetensors", split="train")  # type: ignore[arg-type]
@@ -208,8 +253,12 @@ def test_weights_without_a_training_need_a_recipe_for_the_data(
     other = tmp_path / "other.yaml"
     style = "style: {batch_norm_epsilon: 0.5, padding: symmetric}"
     other.write_text(TINY_RECIPE.replace("style: {batch_norm_momentum: 0.8}", style))
-    report = validate_command(path, config=str(other), threads=1)
+    report = validate_command(path, config=str(other), split="validation", threads=1)
     assert report.top1 == result["validation_accuracy"]
+    assert report.note is not None
+    assert "come from elsewhere" in report.note
+    # Nobody held our validation images out from their training.
+    assert validate_command(path, config=str(other), threads=1).split == "test"
     assert report.per_class_top1.keys() == set("0123456789")
     exported = export_command(path, tmp_path / "model.onnx", config=recipe, threads=1)
     assert exported.mindspore_top1 == result["validation_accuracy"]

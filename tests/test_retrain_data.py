@@ -22,6 +22,7 @@ from retrain.data import (
     load_data,
     train_batch,
 )
+from retrain.data_sources import class_folders, passed_over
 from space.errors import ConfigError
 
 DIGITS = DataConfig("digits", validation_fraction=0.2)
@@ -413,6 +414,26 @@ def test_a_class_without_images_is_named(folder: Path) -> None:
     (folder / "train" / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"train/empty holds no images"):
         load_data(DataConfig("image_folder", path=str(folder)), 8, 1)
+
+
+def test_what_file_managers_and_notebooks_leave_is_no_class_and_no_image(folder: Path) -> None:
+    train, val = class_folders(folder)
+    for part in ("train", "val"):
+        (folder / part / ".ipynb_checkpoints").mkdir()
+        (folder / part / "@eaDir").mkdir()
+        (folder / part / "dark" / "._0.jpg").write_bytes(b"Mac OS X")
+        (folder / part / "dark" / "notes.txt").write_text("n")
+    assert class_folders(folder) == (train, val)
+    assert passed_over(folder) == [folder / p / "dark" / "notes.txt" for p in ("train", "val")]
+
+
+def test_images_that_lie_in_no_class_folder_are_told_of(folder: Path) -> None:
+    for file in (folder / "val").rglob("*.*"):
+        file.rename(folder / "val" / f"{file.parent.name}-{file.name}")
+    for name in ("dark", "light"):
+        (folder / "val" / name).rmdir()
+    with pytest.raises(ConfigError, match=r"but has 0 and \d+ images beside them; move each"):
+        class_folders(folder)
 
 
 def test_a_class_that_only_the_training_folder_has_is_named(folder: Path) -> None:

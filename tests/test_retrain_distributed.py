@@ -10,14 +10,17 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import filelock
 import numpy as np
 import psutil
 import pytest
 from retrain_parts import TINY, TINY_TEXT
 
 from retrain.checkpoint import load_checkpoint
-from retrain.launch import launch
-from space.errors import Diverged
+from retrain.commands import launch_command
+from retrain.launch import launch, stands_by
+from retrain.request import TrainRequest
+from space.errors import ConfigError, Diverged
 from space.parameters import initial_parameters
 
 # 20 steps of 48 images; statistics are frozen, for each worker normalises with its own images.
@@ -123,11 +126,11 @@ def test_kill_9_of_the_command_leaves_no_worker(tmp_path: Path, recipe: str) -> 
 MSRUN = """#!{python}
 import pathlib, sys, time
 logs = pathlib.Path(sys.argv[sys.argv.index("--log_dir") + 1])
-(logs / "worker_1.log").write_text("retrain: diverged: the loss was nan at step 3\\n")
+(logs / "worker_1.log").write_text("retrain[3]: diverged: the loss was nan at step 3\\n")
 try:
     time.sleep(60)
 except KeyboardInterrupt:
-    (logs / "worker_0.log").write_text("retrain: stopped; go on with --resume.\\n")
+    (logs / "worker_0.log").write_text("retrain[130]: stopped; go on with --resume.\\n")
     sys.exit(1)
 """
 
@@ -142,6 +145,56 @@ def test_a_worker_that_diverges_ends_the_training_as_one_that_diverged(
     with pytest.raises(Diverged, match=r"^diverged: the loss was nan at step 3$"):
         launch(2, ["train"], tmp_path / "logs", print)
     assert "stopped" in (tmp_path / "logs" / "worker_0.log").read_text()
+
+
+def test_a_second_launch_leaves_the_first_ones_folder_alone(tmp_path: Path, recipe: str) -> None:
+    log = tmp_path / "workers" / "worker_0.log"
+    log.parent.mkdir()
+    log.write_text("epoch 1 of 3\n")
+    request = TrainRequest(recipe, TINY_TEXT, out=tmp_path, resume=True)
+    with (
+        filelock.FileLock(tmp_path / ".lock"),
+        pytest.raises(ConfigError, match="another process is training into this folder"),
+    ):
+        launch_command(request, 2, on_line=print)
+    assert log.read_text() == "epoch 1 of 3\n"
+
+
+@pytest.mark.parametrize(
+    ("environment", "stands"),
+    [
+        ({}, False),
+        ({"RANK_ID": "3"}, False),
+        ({"MS_ROLE": "MS_SCHED", "MS_WORKER_NUM": "1"}, True),
+        ({"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "2", "RANK_ID": "0"}, False),
+        ({"MS_ROLE": "MS_WORKER", "MS_WORKER_NUM": "2", "RANK_ID": "1"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, True),
+    ],
+)
+def test_where_one_process_trains_the_launchers_others_stand_by(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], *, stands: bool
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert stands_by() == stands
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_one_process_trains_whatever_msrun_starts(tmp_path: Path, recipe: str) -> None:
+    out = tmp_path / "out"
+    msrun = [
+        str(Path(sys.executable).with_name("msrun")), "--worker_num", "2", "--local_worker_num",
+        "2", "--master_port", "8329", "--log_dir", str(tmp_path / "logs"), "--join", "True",
+        sys.executable, "-m", "retrain", "--config", recipe, "--arch", TINY_TEXT, "--out",
+        str(out), "--threads", "1", "--distribute", "False", "epochs=1",
+    ]  # fmt: skip
+    done = subprocess.run(
+        msrun, capture_output=True, text=True, timeout=250, env={**os.environ, "GLOG_v": "3"}
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((out / "result.json").read_text())
+    assert (result["workers"], result["global_batch"]) == (1, 48)
 
 
 def processes_of(out: Path) -> list[int]:

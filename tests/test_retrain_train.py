@@ -138,6 +138,31 @@ def test_the_kept_weights_are_those_that_were_evaluated(watched: Watched) -> Non
     assert again.top1 == result.accuracy
 
 
+def test_at_an_epochs_end_a_training_goes_on_with_another_global_batch(watched: Watched) -> None:
+    state = watched.states[1]
+    assert (state.step, state.global_batch, state.train_images) == (70, 32, 1138)
+    halved = dataclasses.replace(RECIPE, batch_size=16)
+    resumed = train(TINY, halved, seed=3, threads=1, state=state)
+    # 71 steps an epoch: the third one is trained, all of it and nothing else.
+    assert resumed.steps == 213
+    assert resumed.losses[:2] == watched.result.losses[:2]
+    assert len(resumed.losses) == len(resumed.accuracies) == 3
+
+
+def test_within_an_epoch_the_global_batch_must_stay_and_the_images_always(
+    watched: Watched,
+) -> None:
+    state = watched.states[0]
+    begun = dataclasses.replace(
+        state, step=40, arrays={**state.arrays, "epoch_losses": np.ones(5)}
+    )
+    with pytest.raises(ConfigError, match=r"global batch must be 32, for .* but got 16"):
+        train(TINY, dataclasses.replace(RECIPE, batch_size=16), seed=3, threads=1, state=begun)
+    fewer = dataclasses.replace(RECIPE, data=dataclasses.replace(RECIPE.data, train_images=1000))
+    with pytest.raises(ConfigError, match=r"must hold the 1,138 training images .* holds 1,000"):
+        train(TINY, fewer, seed=3, threads=1, state=state)
+
+
 def test_a_resumed_training_ends_where_the_whole_one_did(watched: Watched) -> None:
     resumed = train(TINY, RECIPE, seed=3, threads=1, state=watched.states[1])
     whole = watched.result
