@@ -32,6 +32,7 @@ from typing import Any
 from latency.compare import FEWEST_ROUNDS, Comparison, compare
 from latency.device import LatencyMeter, load_device, make_meter
 from search.campaign import open_to_read, read_config
+from search.config import load_campaign_config
 from search.finalists import candidates
 from space.architecture import Architecture
 from space.cost import count
@@ -67,6 +68,13 @@ class Training:
 
 
 # ---------------------------------------------------------------------------- networks
+
+
+def given(text: str) -> tuple[int | None, Architecture, Architecture]:
+    """Return a network that an earlier campaign found, and the shipped one's reference network."""
+    target = load_campaign_config("fashion_mnist").objective.target
+    assert target is not None  # it is shipped so
+    return None, find_architecture(text), find_architecture(target.reference)
 
 
 def networks_of(campaign: Path) -> tuple[int, Architecture, Architecture]:
@@ -135,13 +143,17 @@ def _compared(
     return pair
 
 
-def measured(campaign: Path, out: Path) -> dict[str, Any]:
+def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     """Return both networks with their latencies, from the folder or measured now."""
+    out: Path = arguments.out
     file = out / "latency.json"
     if file.exists():
         known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return known
-    trial, found, reference = networks_of(campaign)
+    if arguments.found is None:
+        trial, found, reference = networks_of(arguments.campaign)
+    else:
+        trial, found, reference = given(arguments.found)
     width, skeleton, pair = as_slow(found, reference)
     result = {
         "trial": trial, "found": found.text, "skeleton": skeleton.text, "width": width,
@@ -298,7 +310,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.4, 4.0), layout="constrained")
     labels = {
         "skeleton": f"MobileNetV2 skeleton x {result['width']:g}",
-        "found": f"found (trial {result['trial']})",
+        "found": "found" if result["trial"] is None else f"found (trial {result['trial']})",
         "found_longer": "found, more epochs",
     }
     first_seed = min(row["seed"] for row in result["trainings"])
@@ -337,7 +349,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("campaign", type=Path, help="a campaign's folder")
+    parser.add_argument("campaign", type=Path, nargs="?", help="a campaign's folder")
+    parser.add_argument("--found", help="in its place, the network that it found, as text")
     parser.add_argument("--out", type=Path, default=Path("runs/fashion_mnist-benchmark"))
     parser.add_argument("--recipe", default="fashion_mnist", help="a shipped name or a file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
@@ -349,8 +362,10 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="a .png or .svg file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
     arguments = parser.parse_intermixed_args()
+    if (arguments.campaign is None) == (arguments.found is None):
+        parser.error("a campaign's folder or --found NETWORK, one of them")
     try:
-        latency = measured(arguments.campaign, arguments.out)
+        latency = measured(arguments)
         trainings = plan(latency, arguments)
         with ThreadPoolExecutor(arguments.side_by_side) as pool:
             rows = list(
