@@ -250,11 +250,8 @@ def real_children(children: int, rounds: int) -> None:
                     done += len(executor.wait(timeout_s=1.0))
                 seconds = time.perf_counter() - started
                 rates[workers, pin].append(60 * children / seconds)
-                print(
-                    f"  {children} children in {seconds:.0f} s: {settings.workers} workers, {pin=}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                told = f"  {children} children in {seconds:.0f} s: {workers} workers, {pin=}"
+                print(told, file=sys.stderr, flush=True)
                 cores[workers, pin].append((_cpu_s() - before) / seconds)
             finally:
                 executor.close()

@@ -5,7 +5,7 @@
     python benchmarks/derivation/experiments.py --only rewards --seeds 5 --plot rewards.png
 
     rewards    PPO under soft, hard and absolute rewards, and for accuracy alone: where the
-               latencies of its samples lie (the paper's figure 4) and what it finds
+               latencies of its samples lie (the paper's histograms) and what it finds
     diversity  guided search where all blocks must have the same operation and kernel (the paper's
                table 6), beside the whole space
     budgets    what each controller has found after 250, 1,000 and 8,000 trials
@@ -220,7 +220,7 @@ def best(arguments: argparse.Namespace, truth: Truth) -> None:
 
 
 def draw_samples(samples: dict[str, NDArray[np.float64]], arguments: argparse.Namespace) -> None:
-    """Draw how the sampled latencies lie under every reward, as the paper's figure 4 does."""
+    """Draw how the sampled latencies lie under every reward, as the paper's histograms do."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -21,8 +21,8 @@ measurement now differs from the search's, and the rest are taken where that put
 most accurate of those within 2 % of the projection's latency is the campaign's network, or the one
 with the best reward where none is. It is measured again, five times in turn with the projection:
 that is the latency in the table, and the accuracy there is the surrogate's mean. Neither the
-search nor the choice saw these two. The medians of ppo's and guided's campaigns are held against the bars
-that are printed; the exit status is 1 where one was missed.
+search nor the choice saw these two. The medians of ppo's and guided's campaigns are held against
+the bars that are printed; the exit status is 1 where one was missed.
 """
 
 from __future__ import annotations
