@@ -150,10 +150,10 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     if file.exists():
         known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         return known
-    if arguments.found is None:
-        trial, found, reference = networks_of(arguments.campaign)
+    if "|" in arguments.campaign:
+        trial, found, reference = given(arguments.campaign)
     else:
-        trial, found, reference = given(arguments.found)
+        trial, found, reference = networks_of(Path(arguments.campaign))
     width, skeleton, pair = as_slow(found, reference)
     result = {
         "trial": trial, "found": found.text, "skeleton": skeleton.text, "width": width,
@@ -349,8 +349,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("campaign", type=Path, nargs="?", help="a campaign's folder")
-    parser.add_argument("--found", help="in its place, the network that it found, as text")
+    parser.add_argument(
+        "campaign", help="a campaign's folder, or a network that one has found, as text"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/fashion_mnist-benchmark"))
     parser.add_argument("--recipe", default="fashion_mnist", help="a shipped name or a file")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
@@ -362,8 +363,6 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="a .png or .svg file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
     arguments = parser.parse_intermixed_args()
-    if (arguments.campaign is None) == (arguments.found is None):
-        parser.error("a campaign's folder or --found NETWORK, one of them")
     try:
         latency = measured(arguments)
         trainings = plan(latency, arguments)

@@ -112,6 +112,15 @@ class TrainState:
         return {name: self.arrays.get(f"ema.{name}", self.arrays[name]) for name in names}
 
 
+def steps_done(state: TrainState | None, global_batch: int) -> int:
+    """Return how many steps of so many images a training is past."""
+    if state is None:
+        return 0
+    if state.global_batch == global_batch:
+        return state.step
+    return state.epoch * (state.train_images // global_batch)
+
+
 @record
 class SavedState:
     """Where a killed training goes on, and which training it is.
@@ -308,14 +317,22 @@ def _read(path: Path, expected: str) -> tuple[dict[str, str], dict[str, NDArray[
     if path.suffix == ".ckpt":
         from retrain.weight_files import read_mindspore
 
-        metadata, arrays = read_mindspore(path)
+        try:
+            metadata, arrays = read_mindspore(path)
+        except ConfigError as error:
+            raise NotACheckpointError(str(error)) from None
     else:
         metadata, arrays = _read_safetensors(path)
-    if metadata.get("format") != expected or "architecture" not in metadata:
+    found = metadata.get("format", "an unnamed one")
+    if found != expected and found.startswith(expected.rstrip("0123456789")):
+        raise ConfigError(
+            f"{path}: was written by another version, as {found!r} where this one has"
+            f" {expected!r}; use that version, or train anew into another folder."
+        )
+    if found != expected or "architecture" not in metadata:
         raise NotACheckpointError(
-            f"{path}: must be in the format {expected!r}, but is in"
-            f" {metadata.get('format', 'an unnamed one')!r}; `mnas convert` reads weights of other"
-            " frameworks."
+            f"{path}: must be in the format {expected!r}, but is in {found!r}; `mnas convert`"
+            " reads weights of other frameworks."
         )
     return metadata, arrays
 

@@ -19,6 +19,7 @@ from retrain.checkpoint import (
     Weights,
     save_checkpoint,
     save_state,
+    steps_done,
 )
 from retrain.config import Recipe, load_recipe
 from retrain.convert import open_checkpoint
@@ -28,6 +29,7 @@ from retrain.folder import (
     ARCHITECTURE,
     CURVES,
     EPOCHS,
+    LAUNCH_LOCK,
     LOG,
     RECIPE,
     RESULT,
@@ -145,7 +147,7 @@ def train_command(
         _note([batch, start.note], on_note)
         shown = [on_progress] if on_progress is not None else []
         if request.tensorboard:
-            done = state.step if state is not None else 0
+            done = steps_done(state, recipe.batch_size * recipe.accumulate * size)
             shown.append(stack.enter_context(curves(out / CURVES, done=done)))
         return _train(plan, start, out, threads, workers, state, shown)
 
@@ -178,13 +180,14 @@ def launch_command(
     recipe = load_recipe(request.config, request.overrides, data_dir=request.data_dir)
     start = make_start(recipe, request)
     out = _folder(request, Plan(start.architecture, recipe, request.seed, start.sha256))
-    # Before msrun: its workers' old output goes, and that may be of a training that runs.
-    with claimed(out):
-        if not request.resume:
-            refuse_used(out, recipe)
     threads = request.threads or max(1, checked_threads(None) // workers)
     asked = dataclasses.replace(request, out=out, threads=threads)
-    launch(workers, asked.arguments(), out / WORKERS, on_line)
+    with claimed(out, LAUNCH_LOCK):
+        # Before msrun: its workers' old output goes, and that may be of a training that runs.
+        with claimed(out):
+            if not request.resume:
+                refuse_used(out, recipe)
+        launch(workers, asked.arguments(), out / WORKERS, on_line)
     return load_report(out)
 
 
@@ -419,7 +422,10 @@ def _seen_note(checkpoint: Checkpoint, recipe: Recipe) -> str | None:
     if checkpoint.training is None:
         return "these weights come from elsewhere: they may have been trained on these images"
     theirs, ours = checkpoint.training.recipe.data, recipe.data
-    if dataclasses.replace(theirs, path=ours.path) == ours:
+    # The same images in the same order, as files or packed.
+    packed = {"image_folder", "mindrecord"}
+    name = ours.name if {theirs.name, ours.name} <= packed else theirs.name
+    if dataclasses.replace(theirs, path=ours.path, name=name) == ours:
         return None
     return (
         "the recipe holds out other images than this training did: some may have been trained on"

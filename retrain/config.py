@@ -25,7 +25,7 @@ class OptimizerConfig:
             the root of the mean square before its bias is corrected, as TensorFlow has it.
         momentum: RMSProp's and SGD's.
         decay: RMSProp's, of the mean square.
-        epsilon: RMSProp's and AdamW's; None: 1e-3 and 1e-8.
+        epsilon: RMSProp's and AdamW's; 0 stands for 1e-3 and 1e-8.
         nesterov: SGD's.
         beta1: AdamW's, of the mean gradient.
         beta2: AdamW's, of the mean square.
@@ -37,7 +37,7 @@ class OptimizerConfig:
     name: Literal["rmsprop", "sgd", "adamw"] = "rmsprop"
     momentum: float = 0.9
     decay: float = 0.9
-    epsilon: float | None = None
+    epsilon: float = 0.0
     nesterov: bool = False
     beta1: float = 0.9
     beta2: float = 0.999
@@ -47,8 +47,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         _require("momentum", self.momentum, 0, 1)
         _require("decay", self.decay, 0, 1)
-        if self.epsilon is not None:
-            _require("epsilon", self.epsilon, 1e-12, 10)
+        if self.epsilon == 0:
+            object.__setattr__(self, "epsilon", 1e-8 if self.name == "adamw" else 1e-3)
+        _require("epsilon", self.epsilon, 1e-12, 10)
         _require("beta1", self.beta1, 0, 0.999999)
         _require("beta2", self.beta2, 0, 0.999999)
         _require("weight_decay", self.weight_decay, 0, 1)
@@ -57,13 +58,6 @@ class OptimizerConfig:
                 f"nesterov must be false unless the optimizer is sgd with a momentum, but got"
                 f" {self.name} with momentum {self.momentum}"
             )
-
-    @property
-    def eps(self) -> float:
-        """Epsilon as it is used."""
-        if self.epsilon is not None:
-            return self.epsilon
-        return 1e-8 if self.name == "adamw" else 1e-3
 
 
 @record
@@ -103,28 +97,22 @@ class PrecisionConfig:
         amp_level: MindSpore's: `O0` all float32, `O2` float16 but for batch norms, `O3` all
             float16. On a CPU, float16 runs but is no faster.
         loss_scale: The loss is multiplied by it, and the gradients divided; where it changes by
-            itself, where it starts. None: 1, or 2**16 where it changes.
+            itself, where it starts. 0 stands for 1, or 2**16 where it changes.
         dynamic: Halve the scale and leave out the step when a gradient is not finite; double it
             after `growth_steps` steps without that.
         growth_steps: Optimizer steps.
     """
 
     amp_level: Literal["O0", "O2", "O3"] = "O0"
-    loss_scale: float | None = None
+    loss_scale: float = 0.0
     dynamic: bool = False
     growth_steps: int = 2000
 
     def __post_init__(self) -> None:
-        if self.loss_scale is not None:
-            _require("loss_scale", self.loss_scale, 1, 2**24)
+        if self.loss_scale == 0:
+            object.__setattr__(self, "loss_scale", 2.0**16 if self.dynamic else 1.0)
+        _require("loss_scale", self.loss_scale, 1, 2**24)
         _require("growth_steps", self.growth_steps, 1, 1_000_000)
-
-    @property
-    def first_scale(self) -> float:
-        """The loss scale of the first step."""
-        if self.loss_scale is not None:
-            return self.loss_scale
-        return 2.0**16 if self.dynamic else 1.0
 
 
 @record

@@ -63,6 +63,9 @@ IMAGE_ENDINGS = frozenset(
     {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"}
 )
 
+#: Folders beside the classes' that hold copies.
+_LEFTOVERS = frozenset({".ipynb_checkpoints", "@eaDir"})
+
 
 def load_source(
     config: DataConfig, resolution: int, channels: int, augment: AugmentConfig
@@ -353,6 +356,8 @@ def _classes_in(folder: Path) -> dict[str, list[Path]]:
     for entry in _visible(folder):
         if entry.is_dir():
             files = [file for file in _visible(entry) if _is_image(file)]
+            if not files and entry.name.startswith("."):
+                continue
             if not files:
                 raise ConfigError(
                     f"data.path: the class folder {entry} holds no images; they must lie in it"
@@ -384,7 +389,8 @@ def passed_over(folder: Path) -> list[Path]:
 
 def _visible(folder: Path) -> list[Path]:
     """What lies in a folder, sorted, but for what file managers and notebooks leave there."""
-    return sorted(entry for entry in folder.iterdir() if not entry.name.startswith((".", "@")))
+    entries = folder.iterdir()
+    return sorted(e for e in entries if e.name not in _LEFTOVERS and not e.name.startswith("._"))
 
 
 def _is_image(file: Path) -> bool:

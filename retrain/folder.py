@@ -27,6 +27,9 @@ RECIPE, ARCHITECTURE, LOG = "recipe.yaml", "architecture.txt", "train.log"
 STATE, RESULT = "state.safetensors", "result.json"
 CURVES, EPOCHS, WORKERS = "curves", "checkpoints", "workers"
 
+#: Held by a command that starts workers, until they have ended; the first of them holds the other.
+LAUNCH_LOCK = ".launch.lock"
+
 
 @record
 class TrainReport:
@@ -46,7 +49,8 @@ class TrainReport:
         train_images: Images trained on.
         seed: Of weights, order, augmentation and dropout.
         threads: CPU threads of a worker.
-        resumed_at_epoch: Epochs that an earlier, killed process had done.
+        resumed_at_epoch: Epochs that an earlier, killed process had done; workers, global_batch
+            and steps are those of the last process, as if it had trained alone.
         images_per_s: Training speed of this process and its fellow workers, without compilation.
         compile_s: Seconds until the first step was done.
         seconds: Of this process's training with everything.
@@ -108,15 +112,15 @@ def weights_name(recipe: Recipe, stem: str = "model") -> str:
 
 
 @contextmanager
-def claimed(out: Path) -> Iterator[None]:
-    """Make the folder and hold its lock.
+def claimed(out: Path, lock_name: str = ".lock") -> Iterator[None]:
+    """Make the folder and hold a lock of it: the training's own, or `LAUNCH_LOCK`.
 
     Raises:
         ConfigError: Another process holds it, or it cannot be a folder.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / ".lock")
+        lock = FileLock(out / lock_name)
         lock.acquire(timeout=0)
     except Timeout:
         raise ConfigError(f"{out}: another process is training into this folder.") from None

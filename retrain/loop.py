@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import mindspore as ms
 import numpy as np
 
-from retrain.checkpoint import TrainState
+from retrain.checkpoint import TrainState, steps_done
 from retrain.evaluate import Evaluation
 from retrain.progress import TrainProgress
 from space.errors import ConfigError, Diverged, TrialFailed
@@ -165,20 +165,19 @@ class Loop:
                 within an epoch.
         """
         trainer = self._trainer
-        images, step = len(trainer.data.train), state.step
+        images = len(trainer.data.train)
         if state.train_images != images:
             raise ConfigError(
                 f"data: must hold the {state.train_images:,} training images that the training"
                 f" began with, but holds {images:,}; put them back, or train into another folder."
             )
-        if state.global_batch != trainer.global_batch:
-            if len(state.arrays["epoch_losses"]):
-                raise ConfigError(
-                    f"the global batch must be {state.global_batch:,}, for the training was"
-                    f" stopped within an epoch, but got {trainer.global_batch:,}; go on with as"
-                    " many workers as before."
-                )
-            step = state.epoch * trainer.steps_per_epoch
-        trainer.restore(step, state.arrays)
+        within = len(state.arrays["epoch_losses"]) > 0
+        if within and state.global_batch != trainer.global_batch:
+            raise ConfigError(
+                f"the global batch must be {state.global_batch:,}, for the training was stopped"
+                f" within an epoch, but got {trainer.global_batch:,}; go on with as many workers"
+                " as before."
+            )
+        trainer.restore(steps_done(state, trainer.global_batch), state.arrays)
         self._epoch_losses = state.arrays["epoch_losses"].tolist()
         self.losses, self.accuracies = list(state.losses), list(state.accuracies)

@@ -15,7 +15,7 @@ class LossScale:
     """
 
     def __init__(self, config: PrecisionConfig) -> None:
-        self.value = config.first_scale
+        self.value = config.loss_scale
         self.dynamic = config.dynamic
         self._growth_steps = config.growth_steps
         self._good_steps = 0

@@ -209,13 +209,13 @@ def _write_all(
     names = tuple(sorted(classes["train"]))
     counts = {part: tuple(len(files[name]) for name in names) for part, files in classes.items()}
     before = _read_manifest(out)
-    if before and before.classes != names:
+    if before and before.classes != names and any(out.glob("*.mindrecord")):
         differing = sorted(set(before.classes) ^ set(names))[:5]
         raise ConfigError(
             f"{out}: holds MindRecord files of other classes, which differ in"
             f" {', '.join(differing)}; choose another folder."
         )
-    if before is None:
+    if before is None or before.classes != names:
         # Before the first file: by it a later call knows the folder as its own.
         _save_manifest(out, Manifest(names, counts, (), False))
     known = {file.name: file for file in before.record_files} if before else {}

@@ -44,7 +44,7 @@ def make_optimizer(config: OptimizerConfig, parameters: Sequence[ms.Parameter]) 
         learning_rate=1.0,
         decay=config.decay,
         momentum=config.momentum,
-        epsilon=config.eps,
+        epsilon=config.epsilon,
     )
 
 
@@ -70,7 +70,7 @@ class _AdamW(nn.Cell):  # type: ignore[misc]
             learning_rate=1.0,
             beta1=config.beta1,
             beta2=config.beta2,
-            eps=config.eps,
+            eps=config.epsilon,
         )
         self.learning_rate = self.adam.learning_rate
         self.with_decay = ms.ParameterTuple(with_decay)

@@ -148,8 +148,11 @@ def continue_with(folder: Path, wanted: CampaignConfig) -> Campaign:
     """
     saved = read_config(folder)
     changes = differences(config_to_plain(saved), config_to_plain(wanted))
-    # Full trainings can be asked for later, if none were before.
-    refused = [c for c in changes if not may_change(c[0]) and c[:2] != ("retrain", None)]
+    refused = [change for change in changes if not may_change(change[0])]
+    if refused and all(key.split(".")[0] == "retrain" for key, _, _ in refused):
+        # What becomes of the best networks is open until the first of them is handed over.
+        with contextlib.closing(open_to_read(folder)) as reading:
+            refused = refused if reading.trials(role="finalist") else []
     if refused:
         listed = "; ".join(f"{key} is {ours!r}, given {theirs!r}" for key, ours, theirs in refused)
         raise ConfigError(

@@ -16,6 +16,7 @@ from retrain.data_cli import app as data_app
 from space.errors import ConfigError, MnasError
 
 if TYPE_CHECKING:
+    from retrain.config import Recipe
     from search.config import CampaignConfig
 
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on one line.")]
@@ -355,7 +356,27 @@ def _with_recipe(
         raise
     except ValueError as error:
         raise ConfigError(f"{folder}: retrain: {error}.") from None
+    if recipe is not None and section is not None:
+        _check_classes(folder, config, section.recipe)
     return dataclasses.replace(config, retrain=section)
+
+
+def _check_classes(folder: Path, config: CampaignConfig, recipe: Recipe) -> None:
+    """Raise unless a recipe's data have the classes of a campaign's networks.
+
+    Raises:
+        ConfigError: They have not.
+    """
+    from retrain.data import class_names
+    from search.parts import campaign_space
+
+    classes = campaign_space(config).config.classes
+    found = len(class_names(recipe.data))
+    if found != classes:
+        raise ConfigError(
+            f"--config: its data must have the {classes} classes of the networks of {folder}, but"
+            f" have {found}; name another recipe."
+        )
 
 
 def _hand_over(folder: Path, config: CampaignConfig, top: int | None, *, as_json: bool) -> None:

@@ -29,7 +29,7 @@ from search.objective import Objective
 from search.pareto import best_networks
 from search.parts import Parts
 from search.retrain_command import SILENCE_LIMIT_S, run_retrain
-from search.store import Store
+from search.store import FULL_TRAININGS, Store
 from search.trial import Failure, Trial
 from space.errors import ConfigError, MeasurementError, TrialFailed
 from space.files import write_atomically
@@ -38,9 +38,7 @@ from space.records import dump_yaml
 #: A finalist's quantized file, in its folder and, the winner's, in export/.
 _INT8_FILE = "model_int8.onnx"
 
-#: Under which key of the database a full training's figures are, by the finalist's id, and which
-#: of its result.json they are: the report is made from the database alone.
-FULL_TRAININGS = "full_trainings"
+#: Of a full training's result.json, what the database has too: the report is made from that alone.
 _FIGURES = (
     "accuracies", "losses", "epochs", "seconds", "images_per_s", "workers", "global_batch",
     "resumed_at_epoch",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from search.finalists import FULL_TRAININGS
 from search.measuring import INT8_ACCURACY
 from search.page import html_table
 from search.progress import format_duration
 from search.report_data import Facts, finite
+from search.store import FULL_TRAININGS
 from search.trial import Trial
 
 _HEADS = (

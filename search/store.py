@@ -121,6 +121,8 @@ _SEARCHED = "id >= 0"
 _OWN_FAULT = "coalesce(json_extract(failure, '$.cause'), '') <> 'infrastructure'"
 #: The key of meta with the trials that are no network's last training.
 _SUPERSEDED = "superseded"
+#: The key of meta with the figures of full trainings, by the finalist's id.
+FULL_TRAININGS = "full_trainings"
 _NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs"})
 
 #: Rows that one short read takes, and ids that one statement names.

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 from campaigns import write_synthetic
+from image_folders import make_image_folder
 
 from search.campaign import open_to_write, read_config
 from search.cli_parts import retrain
@@ -131,14 +132,26 @@ def test_a_campaign_without_a_recipe_is_handed_over_with_one_that_is_given(folde
         ConfigError, match=r"no recipe for full trainings; give one, `mnas retrain"
     ):
         retrain(campaign=folder / "run")
+    with pytest.raises(
+        ConfigError, match=r"must have the 10 classes of the networks of .* have 3"
+    ):
+        retrain(campaign=folder / "run", config=str(three_classes(folder)))
+    assert read_config(folder / "run").retrain is None
     with pytest.raises(MnasError, match="no network was retrained"):
         retrain(campaign=folder / "run", config="digits", overrides=["epochs=2"], threads=1)
     saved = read_config(folder / "run").retrain
     assert saved is not None
     assert (saved.recipe.epochs, saved.threads) == (2, 1)
-    # Now it is settled.
+    # Now it is settled, since a network has been handed over.
     with pytest.raises(ConfigError, match=r"retrain.recipe.epochs is 2, given 3"):
         retrain(campaign=folder / "run", config="digits", overrides=["epochs=3"], threads=1)
+
+
+def three_classes(folder: Path) -> Path:
+    images = make_image_folder(folder / "images", classes=3, train=1, val=1)
+    recipe = folder / "three.yaml"
+    recipe.write_text(f"data: {{name: image_folder, path: {images}}}\nepochs: 1\n")
+    return recipe
 
 
 def test_flags_that_a_hand_over_does_not_heed_are_refused(folder: Path) -> None:

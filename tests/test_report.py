@@ -14,12 +14,11 @@ import pytest
 
 from latency.measurement import Measurement
 from search.config import CampaignConfig, campaign_config
-from search.finalists import FULL_TRAININGS
 from search.objective import Objective, ObjectiveConfig
 from search.pareto import pareto_front
 from search.report import write_report
 from search.report_data import SAMPLE, TOP, WHOLE_CAMPAIGN
-from search.store import Store
+from search.store import FULL_TRAININGS, Store
 from search.trial import Failure, Trial
 from space.cost import count
 from space.errors import ConfigError

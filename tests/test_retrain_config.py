@@ -23,18 +23,18 @@ def test_every_shipped_recipe_loads_and_survives_a_round_trip(name: str) -> None
 
 
 def test_what_depends_on_another_setting_follows_it() -> None:
-    assert OptimizerConfig(name="adamw").eps == 1e-8
-    assert OptimizerConfig(name="adamw", epsilon=1e-3).eps == 1e-3
-    assert PrecisionConfig().first_scale == 1
-    assert PrecisionConfig(dynamic=True).first_scale == 2**16
-    assert PrecisionConfig(dynamic=True, loss_scale=4.0).first_scale == 4
+    assert OptimizerConfig(name="adamw").epsilon == 1e-8
+    assert OptimizerConfig(name="adamw", epsilon=1e-3).epsilon == 1e-3
+    assert PrecisionConfig().loss_scale == 1
+    assert PrecisionConfig(dynamic=True).loss_scale == 2**16
+    assert PrecisionConfig(dynamic=True, loss_scale=4.0).loss_scale == 4
 
 
 def test_the_defaults_are_the_papers_optimizer() -> None:
     made = recipe()
     optimizer = made.optimizer
     assert (optimizer.name, optimizer.decay, optimizer.momentum) == ("rmsprop", 0.9, 0.9)
-    assert (optimizer.eps, optimizer.weight_decay, made.label_smoothing) == (1e-3, 1e-5, 0.1)
+    assert (optimizer.epsilon, optimizer.weight_decay, made.label_smoothing) == (1e-3, 1e-5, 0.1)
 
 
 @pytest.mark.parametrize(

@@ -420,6 +420,8 @@ def test_what_file_managers_and_notebooks_leave_is_no_class_and_no_image(folder:
     train, val = class_folders(folder)
     for part in ("train", "val"):
         (folder / part / ".ipynb_checkpoints").mkdir()
+        Image.new("L", (9, 9)).save(folder / part / ".ipynb_checkpoints" / "0-checkpoint.png")
+        (folder / part / ".Trash").mkdir()
         (folder / part / "@eaDir").mkdir()
         (folder / part / "dark" / "._0.jpg").write_bytes(b"Mac OS X")
         (folder / part / "dark" / "notes.txt").write_text("n")

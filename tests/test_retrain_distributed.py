@@ -147,13 +147,16 @@ def test_a_worker_that_diverges_ends_the_training_as_one_that_diverged(
     assert "stopped" in (tmp_path / "logs" / "worker_0.log").read_text()
 
 
-def test_a_second_launch_leaves_the_first_ones_folder_alone(tmp_path: Path, recipe: str) -> None:
+@pytest.mark.parametrize("lock", [".lock", ".launch.lock"])
+def test_a_second_launch_leaves_the_first_ones_folder_alone(
+    tmp_path: Path, recipe: str, lock: str
+) -> None:
     log = tmp_path / "workers" / "worker_0.log"
     log.parent.mkdir()
     log.write_text("epoch 1 of 3\n")
     request = TrainRequest(recipe, TINY_TEXT, out=tmp_path, resume=True)
     with (
-        filelock.FileLock(tmp_path / ".lock"),
+        filelock.FileLock(tmp_path / lock),
         pytest.raises(ConfigError, match="another process is training into this folder"),
     ):
         launch_command(request, 2, on_line=print)

@@ -17,7 +17,7 @@ from mindspore import nn
 from retrain_parts import TINY, TINY_RECIPE, TINY_TEXT
 
 from retrain import train as loop
-from retrain.checkpoint import TrainState
+from retrain.checkpoint import TrainState, steps_done
 from retrain.config import (
     AugmentConfig,
     DataConfig,
@@ -144,6 +144,7 @@ def test_at_an_epochs_end_a_training_goes_on_with_another_global_batch(watched: 
     halved = dataclasses.replace(RECIPE, batch_size=16)
     resumed = train(TINY, halved, seed=3, threads=1, state=state)
     # 71 steps an epoch: the third one is trained, all of it and nothing else.
+    assert steps_done(state, 16) == 142
     assert resumed.steps == 213
     assert resumed.losses[:2] == watched.result.losses[:2]
     assert len(resumed.losses) == len(resumed.accuracies) == 3

@@ -129,6 +129,8 @@ def finish(run: Run, runs: Path, reference: Architecture) -> dict[str, Any]:
     config, store = read_config(run.folder(runs)), open_to_read(run.folder(runs))
     ranked, target_ms = by_accuracy(store), store.meta("target_ms")
     store.close()
+    if not ranked:
+        raise MnasError(f"{run.folder(runs)}: no network has a reward.")
     judge = Judge(run, reference, Objective(config.objective, target_ms), target_ms)
     rows = [judge.row(trial) for trial in near_target(ranked, target_ms, FIRST)]
     # By how much a full measurement now differs from the search's quick ones: clocks alone.
