@@ -328,11 +328,19 @@ def test_each_worker_sees_one_npu_of_its_own(cluster: Any) -> None:
 
 
 class Monkey:
-    """Kills workers, nodes and drivers of a campaign at random moments, and resumes it."""
+    """Kills workers, nodes and drivers of a campaign at random moments, and resumes it.
 
-    def __init__(self, cluster: Any, folder: Path, seed: int) -> None:
+    Args:
+        cluster: Gets three nodes of one CPU.
+        folder: The campaign's.
+        seed: Of what is killed.
+        patience_s: Without a new result for so long, the campaign is taken to hang.
+    """
+
+    def __init__(self, cluster: Any, folder: Path, seed: int, patience_s: float = 120) -> None:
         self._cluster = cluster
         self._folder = folder
+        self._patience_s = patience_s
         self._rng = np.random.default_rng(seed)
         self._nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
 
@@ -343,10 +351,15 @@ class Monkey:
         try:
             for number, event in enumerate(events, 1):
                 try:
-                    wait_for_results(self._folder, results_between * number, timeout_s=120)
+                    needed = results_between * number
+                    wait_for_results(self._folder, needed, timeout_s=self._patience_s)
                 except TimeoutError:
+                    log = (self._folder / "campaign.log").read_text()
                     os.killpg(process.pid, signal.SIGABRT)
-                    pytest.fail(f"no progress: {process.communicate(timeout=10)[0][-2000:]}")
+                    output = process.communicate(timeout=10)[0]
+                    pytest.fail(
+                        f"no progress before {event} {number}: {log[-6000:]}\n{output[-2000:]}"
+                    )
                 if event == "driver":
                     os.killpg(process.pid, signal.SIGKILL)
                     process.communicate(timeout=10)
@@ -393,7 +406,9 @@ def test_100_kills_with_mindspore_children_lose_no_trial(tmp_path: Path, cluster
         "evaluator={class: plugin_parts:OneEpoch, options: {}}", "--out", str(folder),
     ]  # fmt: skip
     kills = {"worker": 80, "node": 10, "driver": 10}
-    Monkey(cluster, folder, seed=21).run(arguments, kills, results_between=1)
+    # A driver starts, workers start, and a child trains: minutes on a busy machine.
+    monkey = Monkey(cluster, folder, seed=21, patience_s=600)
+    monkey.run(arguments, kills, results_between=1)
     store = Store(folder / "campaign.db", read_only=True)
     trials = store.trials()
     assert [trial.id for trial in trials] == list(range(110))

@@ -44,8 +44,13 @@ class Room:
         )
         if arguments[0] == "train":
             folder.mkdir()
-            (folder / "result.json").write_text(json.dumps({"validation_accuracy": float32}))
-            (folder / "model.safetensors").write_bytes(b"weights")
+            result = {
+                "validation_accuracy": float32, "weights": "model.ckpt", "accuracies": [float32],
+                "losses": [0.5], "epochs": 1, "seconds": 3.0, "images_per_s": 90.0, "workers": 1,
+                "global_batch": 64, "resumed_at_epoch": 0,
+            }  # fmt: skip
+            (folder / "result.json").write_text(json.dumps(result))
+            (folder / "model.ckpt").write_bytes(b"weights")
             return []
         if arguments[0] == "validate":
             top1 = int8 if "--onnx" in arguments else float32
