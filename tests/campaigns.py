@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from search.store import Store
 from search.trial import Trial
@@ -70,8 +70,13 @@ def mnas(
     )
 
 
-def start_mnas(*arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
-    """Start the command line in a process group of its own."""
+def start_mnas(
+    *arguments: str, cwd: Path | None = None, output: IO[str] | None = None
+) -> subprocess.Popen[str]:
+    """Start the command line in a process group of its own.
+
+    What it prints goes to a pipe, which stops it when 64 KiB are not read, or to `output`.
+    """
     return subprocess.Popen(
         mnas_command(*arguments),
         cwd=cwd,
@@ -79,7 +84,7 @@ def start_mnas(*arguments: str, cwd: Path | None = None) -> subprocess.Popen[str
             **os.environ,
             "PYTHONPATH": str(TESTS) + os.pathsep + os.environ.get("PYTHONPATH", ""),
         },
-        stdout=subprocess.PIPE,
+        stdout=subprocess.PIPE if output is None else output,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,

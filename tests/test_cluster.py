@@ -341,36 +341,43 @@ class Monkey:
         self._cluster = cluster
         self._folder = folder
         self._patience_s = patience_s
+        self._output = folder.with_name("output.txt")
         self._rng = np.random.default_rng(seed)
         self._nodes = [cluster.add_node(num_cpus=1) for _ in range(3)]
 
     def run(self, arguments: list[str], kills: dict[str, int], results_between: int) -> None:
         """Start the campaign, kill what `kills` says, and see it end well."""
         events = self._rng.permutation([kind for kind, n in kills.items() for _ in range(n)])
-        process = start_mnas(*arguments)
+        process = self._start(*arguments)
         try:
             for number, event in enumerate(events, 1):
                 try:
                     needed = results_between * number
                     wait_for_results(self._folder, needed, timeout_s=self._patience_s)
                 except TimeoutError:
-                    log = (self._folder / "campaign.log").read_text()
                     os.killpg(process.pid, signal.SIGABRT)
-                    output = process.communicate(timeout=10)[0]
-                    pytest.fail(
-                        f"no progress before {event} {number}: {log[-6000:]}\n{output[-2000:]}"
-                    )
+                    process.wait(10)
+                    log = (self._folder / "campaign.log").read_text()[-6000:]
+                    pytest.fail(f"no progress before {event} {number}: {log}\n{self._printed()}")
                 if event == "driver":
                     os.killpg(process.pid, signal.SIGKILL)
-                    process.communicate(timeout=10)
-                    process = start_mnas("resume", str(self._folder))
+                    process.wait(10)
+                    process = self._start("resume", str(self._folder))
                 else:
                     self._kill_worker() if event == "worker" else self._kill_node()
-            finish(process)
+            assert process.wait(timeout=300) == 0, self._printed()
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         until(lambda: not workers())
+
+    def _start(self, *arguments: str) -> subprocess.Popen[str]:
+        # A file: Ray tells of every death, and a pipe that nobody reads stops who writes.
+        with self._output.open("a") as output:
+            return start_mnas(*arguments, output=output)
+
+    def _printed(self) -> str:
+        return self._output.read_text()[-2000:]
 
     def _kill_worker(self) -> None:
         until(lambda: bool(workers()))
