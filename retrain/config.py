@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any, Literal
 
 from retrain.data_config import AugmentConfig, DataConfig
 from space.architecture import NetworkStyle
@@ -232,6 +232,8 @@ def load_recipe(
 ) -> Recipe:
     """Return a recipe by shipped name or path, with `key=value` overrides.
 
+    Where the file names no global batch, its batch_size x accumulate is taken for it.
+
     Args:
         name_or_path: See space.records.find_config.
         overrides: Dotted keys and YAML values.
@@ -241,7 +243,18 @@ def load_recipe(
         ConfigError: Anything in it is not as this module's records say.
     """
     path = find_config(name_or_path, "retrain")
-    values = apply_overrides(load_yaml(path), overrides)
+    values = load_yaml(path)
+    if "global_batch" not in values:
+        # What the file says without overrides and other workers is what its rate is for.
+        values["global_batch"] = _batch_of(values)
+    values = apply_overrides(values, overrides)
     if data_dir is not None and isinstance(values.get("data"), dict):
         values["data"]["path"] = data_dir
     return build(Recipe, values, where=str(path))
+
+
+def _batch_of(values: dict[str, Any]) -> int | None:
+    """Images of an optimizer step of one process; None where that is not told well."""
+    size = values.get("batch_size", Recipe.batch_size)
+    passes = values.get("accumulate", Recipe.accumulate)
+    return size * passes if isinstance(size, int) and isinstance(passes, int) else None

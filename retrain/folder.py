@@ -185,9 +185,9 @@ def load_report(out: Path) -> TrainReport:
 
 def _described(architecture: str, recipe: Recipe, seed: int, start: str | None) -> dict[str, Any]:
     plain = {"architecture": architecture, "seed": seed, "start": start, **to_plain(recipe)}
-    # The same images may lie in another place; the others name or keep what is the same.
+    # The same images may lie in another place; the others name, keep or check what is the same.
     plain["data"].pop("path")
-    for key in ("network", "checkpoints"):
+    for key in ("network", "checkpoints", "global_batch"):
         plain.pop(key)
     return _flat(plain)
 

@@ -263,11 +263,14 @@ class RetrainConfig:
             return
         if self.workers < 2:
             raise ValueError(f"workers must be >= 2, or left out for one, but got {self.workers}")
-        batch = self.recipe.batch_size * self.recipe.accumulate * self.workers
-        if self.recipe.global_batch not in (None, batch):
+        meant, passes = self.recipe.global_batch, self.recipe.accumulate * self.workers
+        batch = self.recipe.batch_size * passes
+        if meant not in (None, batch):
+            fitting = f"; retrain.recipe.batch_size={meant // passes} fits" if meant else ""
             raise ValueError(
                 f"workers must make batch_size x accumulate x workers the recipe's global_batch,"
-                f" {self.recipe.global_batch}, but got {self.workers}, which make it {batch}"
+                f" {meant}, but got {self.workers}, which make it {batch}"
+                + ("" if meant is None or meant % passes else fitting)
             )
 
 

@@ -22,6 +22,12 @@ def test_every_shipped_recipe_loads_and_survives_a_round_trip(name: str) -> None
     assert build(Recipe, to_plain(loaded), where=name) == loaded
 
 
+def test_a_recipes_own_batch_is_what_its_learning_rate_is_for() -> None:
+    assert load_recipe("digits", ["batch_size=256"]).global_batch == 64
+    assert load_recipe("digits", ["batch_size=256", "global_batch=null"]).global_batch is None
+    assert load_recipe("mnasnet_1.0", ["batch_size=8"]).global_batch == 2048
+
+
 def test_what_depends_on_another_setting_follows_it() -> None:
     assert OptimizerConfig(name="adamw").epsilon == 1e-8
     assert OptimizerConfig(name="adamw", epsilon=1e-3).epsilon == 1e-3
