@@ -18,7 +18,7 @@ from space.parameters import initial_parameters
 
 # MindSpore's oneDNN reads it at the first convolution. Where a processor has AVX-512, it takes a
 # kernel that reorders MindSpore's arrays element by element: a 3 x 3 convolution of 24 channels
-# and its gradients take 25 times as long as with AVX2 (432 against 17 ms), a whole network up to 8.
+# and its gradients take 25 times as long as with AVX2 (432 against 17 ms), a network up to 8.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX2")
 
 Depthwise = Literal["auto", "native", "numba"]
