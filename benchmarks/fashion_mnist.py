@@ -219,18 +219,18 @@ def trained(training: Training, config: str, threads: int, overrides: list[str])
 
 
 def plan(latency: dict[str, Any], arguments: argparse.Namespace) -> list[Training]:
-    """Return what is to be trained, in this order."""
+    """Return what is to be trained, in this order: what takes long first, side by side."""
     skeleton, found = (find_architecture(latency[name]) for name in ("skeleton", "found"))
     groups: list[tuple[str, Architecture, int | None]] = [
-        ("found", found, None),
         ("skeleton", skeleton, None),
+        ("found", found, None),
     ]
     if arguments.more_epochs is not None:
-        groups.append(("found_longer", found, arguments.more_epochs))
+        groups.insert(1, ("found_longer", found, arguments.more_epochs))
     return [
         Training(name, network, seed, arguments.out, epochs)
-        for seed in arguments.seeds
         for name, network, epochs in groups
+        for seed in arguments.seeds
     ]
 
 
