@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -255,6 +256,6 @@ def load_recipe(
 
 def _batch_of(values: dict[str, Any]) -> int | None:
     """Images of an optimizer step of one process; None where that is not told well."""
-    size = values.get("batch_size", Recipe.batch_size)
-    passes = values.get("accumulate", Recipe.accumulate)
+    defaults = {field.name: field.default for field in dataclasses.fields(Recipe)}
+    size, passes = (values.get(key, defaults[key]) for key in ("batch_size", "accumulate"))
     return size * passes if isinstance(size, int) and isinstance(passes, int) else None
