@@ -185,16 +185,16 @@ def test_where_one_process_trains_the_launchers_others_stand_by(
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_one_process_trains_whatever_msrun_starts(tmp_path: Path, recipe: str) -> None:
-    out = tmp_path / "out"
+    out, scripts = tmp_path / "out", Path(sys.executable).parent
     msrun = [
-        str(Path(sys.executable).with_name("msrun")), "--worker_num", "2", "--local_worker_num",
+        str(scripts / "msrun"), "--worker_num", "2", "--local_worker_num",
         "2", "--master_port", "8329", "--log_dir", str(tmp_path / "logs"), "--join", "True",
-        sys.executable, "-m", "retrain", "--config", recipe, "--arch", TINY_TEXT, "--out",
-        str(out), "--threads", "1", "--distribute", "False", "epochs=1",
+        "python", "-m", "retrain", "--config", recipe, "--arch", TINY_TEXT, "--out", str(out),
+        "--threads", "1", "--distribute", "False", "epochs=1",
     ]  # fmt: skip
-    done = subprocess.run(
-        msrun, capture_output=True, text=True, timeout=250, env={**os.environ, "GLOG_v": "3"}
-    )
+    path = f"{scripts}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "GLOG_v": "3", "PATH": path}
+    done = subprocess.run(msrun, capture_output=True, text=True, timeout=250, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     result = json.loads((out / "result.json").read_text())
     assert (result["workers"], result["global_batch"]) == (1, 48)
