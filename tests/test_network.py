@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -107,3 +108,18 @@ def test_the_random_weights_keep_activations_in_a_normal_range() -> None:
         logits = onnx_logits(onnx_model(architecture, seed=seed), x)
         assert np.isfinite(logits).all()
         assert 1e-12 < np.abs(logits).max() < 1e12
+
+
+@pytest.mark.parametrize("given", [None, "DEFAULT"])
+def test_onednn_keeps_to_avx2_unless_the_environment_says_otherwise(given: str | None) -> None:
+    others = {k: v for k, v in os.environ.items() if k != "ONEDNN_MAX_CPU_ISA"}
+    code = "import os, space.network; print(os.environ['ONEDNN_MAX_CPU_ISA'])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**others, "GLOG_v": "3", **({} if given is None else {"ONEDNN_MAX_CPU_ISA": given})},
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=True,
+    )
+    assert done.stdout.strip() == (given or "AVX2")
