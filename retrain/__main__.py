@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 #: The class of all complaints about flags and arguments, whichever click typer is built on.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-#: After a command, for whom a failed one can be begun again.
+#: What whoever began a training that ended early can do.
 _GO_ON = "go on with the same command and --resume"
 
 app = typer.Typer(

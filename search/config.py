@@ -265,12 +265,12 @@ class RetrainConfig:
             raise ValueError(f"workers must be >= 2, or left out for one, but got {self.workers}")
         meant, passes = self.recipe.global_batch, self.recipe.accumulate * self.workers
         batch = self.recipe.batch_size * passes
-        if meant not in (None, batch):
-            fitting = f"; retrain.recipe.batch_size={meant // passes} fits" if meant else ""
+        if meant is not None and meant != batch:
+            fitting = f"; retrain.recipe.batch_size={meant // passes} fits"
             raise ValueError(
                 f"workers must make batch_size x accumulate x workers the recipe's global_batch,"
                 f" {meant}, but got {self.workers}, which make it {batch}"
-                + ("" if meant is None or meant % passes else fitting)
+                + ("" if meant % passes else fitting)
             )
 
 

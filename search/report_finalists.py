@@ -7,7 +7,7 @@ from typing import Any
 from search.measuring import INT8_ACCURACY
 from search.page import html_table
 from search.progress import format_duration
-from search.report_data import Facts, finite
+from search.report_data import REASON_LETTERS, Facts, cut, finite
 from search.store import FULL_TRAININGS
 from search.trial import Trial
 
@@ -18,7 +18,7 @@ _HEADS = (
 
 
 def trainings_html(facts: Facts) -> str:
-    """Return the section: a table, and a place for the curves; empty text for no finalists."""
+    """Return the section: a table and a place for the curves, or why there is none."""
     finalists = _finalists(facts)
     if not finalists:
         if facts.config.retrain is None:
@@ -65,7 +65,7 @@ def _figures(facts: Facts) -> dict[str, Any]:
 def _row(finalist: Trial, known: dict[str, Any], facts: Facts) -> tuple[str, ...]:
     origin = facts.store.trial(finalist.finalist_of) if finalist.finalist_of is not None else None
     if finalist.failure is not None:
-        outcome = f"failed: {finalist.failure.reason}"
+        outcome = f"failed: {cut(finalist.failure.reason, REASON_LETTERS)}"
     elif finalist.outcome is None:
         outcome = "under way, or stopped"
     elif facts.winner.get("trial") == finalist.finalist_of:
