@@ -47,6 +47,7 @@ from retrain.folder import (
 from retrain.launch import launch, launched_workers, stands_by
 from retrain.request import Int8Request, TrainRequest, checked_threads
 from retrain.restored import data_of, network_of, recipe_of
+from retrain.schedule import warmup_note
 from retrain.start import Start, make_start
 from space.errors import ConfigError
 from space.files import versions, write_atomically
@@ -144,7 +145,7 @@ def train_command(
         write_atomically(out / RECIPE, dump_yaml(recipe).encode())
         write_atomically(out / ARCHITECTURE, (start.architecture.text + "\n").encode())
         stack.enter_context(log_file(out / LOG, on_note or (lambda sentence: None)))
-        _note([batch, start.note], on_note)
+        _note([batch, warmup_note(recipe.schedule, recipe.epochs), start.note], on_note)
         shown = [on_progress] if on_progress is not None else []
         if request.tensorboard:
             done = steps_done(state, recipe.batch_size * recipe.accumulate * size)

@@ -7,6 +7,16 @@ import math
 from retrain.config import ScheduleConfig
 
 
+def warmup_note(config: ScheduleConfig, epochs: int) -> str | None:
+    """Return a sentence where the training ends within its warm-up, else None."""
+    if config.warmup_epochs < epochs:
+        return None
+    return (
+        f"warning: schedule.warmup_epochs is {config.warmup_epochs:g} and epochs {epochs}: the"
+        f" learning rate rises to the end and never falls; shorten the warm-up with the training"
+    )
+
+
 def learning_rate(
     config: ScheduleConfig, step: int, *, steps_per_epoch: int, epochs: int
 ) -> float:

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from retrain.config import ScheduleConfig
-from retrain.schedule import learning_rate
+from retrain.schedule import learning_rate, warmup_note
 
 
 def rates(config: ScheduleConfig, *, steps_per_epoch: int = 10, epochs: int = 5) -> list[float]:
@@ -64,3 +64,11 @@ def test_a_warm_up_as_long_as_the_training_is_all_there_is() -> None:
     config = ScheduleConfig(name="cosine", learning_rate=1.0, warmup_epochs=5)
     assert rates(config)[-1] == pytest.approx(1.0)
     assert rates(config)[0] == pytest.approx(0.02)
+
+
+def test_a_training_that_ends_within_its_warm_up_is_warned_of() -> None:
+    config = ScheduleConfig(warmup_epochs=2.5)
+    assert warmup_note(config, epochs=3) is None
+    assert (warmup_note(config, epochs=2) or "").startswith(
+        "warning: schedule.warmup_epochs is 2.5 and epochs 2: the learning rate rises to the end"
+    )
