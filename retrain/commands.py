@@ -22,7 +22,6 @@ from retrain.checkpoint import (
     steps_done,
 )
 from retrain.config import Recipe, load_recipe
-from retrain.convert import open_checkpoint
 from retrain.curves import curves
 from retrain.data import DataSet, load_data
 from retrain.folder import (
@@ -44,6 +43,7 @@ from retrain.folder import (
     weights_name,
     what_is_there,
 )
+from retrain.foreign_weights import open_checkpoint
 from retrain.launch import launch, launched_workers, stands_by
 from retrain.request import Int8Request, TrainRequest, checked_threads
 from retrain.restored import data_of, network_of, recipe_of
@@ -359,7 +359,7 @@ def validate_command(
 
     Args:
         ckpt_path: The checkpoint, model.safetensors of a training's folder, or weights of another
-            framework (see retrain.convert.open_checkpoint).
+            framework (see retrain.foreign_weights.open_checkpoint).
         config: A recipe by shipped name or path, whose data are taken; the network's style is
             the checkpoint's, whatever the recipe says.
         split: `validation` for weights that were trained here, by default: images held out from
@@ -448,7 +448,7 @@ def export_command(
 
     Args:
         ckpt_path: The checkpoint, model.safetensors of a training's folder, or weights of another
-            framework (see retrain.convert.open_checkpoint).
+            framework (see retrain.foreign_weights.open_checkpoint).
         out: The file, with the ending of the format.
         format: `onnx`, `mindir` (with a description beside it, `out` with .json added) or
             `python`, a module that stands alone.

@@ -60,8 +60,8 @@ def convert(
     """Convert weights of timm, torchvision or MindCV to a checkpoint, or back again."""
     # A damaged file gets one sentence, not MindSpore's own lines before it.
     os.environ.setdefault("GLOG_v", "4")
-    from retrain.convert import Origin
     from retrain.convert import convert as convert_weights
+    from retrain.foreign_weights import Origin
 
     origin = Origin(
         framework=framework,

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from retrain.checkpoint import Checkpoint, Weights, check_weights
 from retrain.config import Recipe
-from retrain.convert import open_checkpoint
 from retrain.data import class_names
+from retrain.foreign_weights import open_checkpoint
 from retrain.request import TrainRequest
 from space.architecture import Architecture
 from space.errors import ConfigError

@@ -29,8 +29,9 @@ from safetensors.numpy import load_file, save_file
 
 from retrain.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from retrain.commands import validate_command
-from retrain.convert import ConvertReport, Origin, convert, open_checkpoint
+from retrain.convert import ConvertReport, convert
 from retrain.data import Normalisation
+from retrain.foreign_weights import Origin, open_checkpoint
 from retrain.frameworks import (
     FRAMEWORKS,
     IMAGENET_DEVIATION,

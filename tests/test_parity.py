@@ -23,7 +23,8 @@ from safetensors.numpy import save_file
 from test_readme import commands, run_lines
 
 from retrain.checkpoint import load_checkpoint, save_checkpoint
-from retrain.convert import ConvertReport, Origin, convert
+from retrain.convert import ConvertReport, convert
+from retrain.foreign_weights import Origin
 from retrain.frameworks import FRAMEWORKS
 from space.architecture import NetworkStyle, parse_architecture
 from space.errors import ConfigError
