@@ -19,6 +19,7 @@ of the longest training.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import statistics
@@ -31,6 +32,7 @@ from typing import Any
 
 from latency.compare import FEWEST_ROUNDS, Comparison, compare
 from latency.device import LatencyMeter, load_device, make_meter
+from retrain.launch import die_with_parent
 from search.campaign import open_to_read, read_config
 from search.config import load_campaign_config
 from search.finalists import candidates
@@ -81,7 +83,7 @@ def networks_of(campaign: Path) -> tuple[int, Architecture, Architecture]:
     """Return the trial, the network that a campaign found, and its reference network.
 
     Raises:
-        ConfigError: The campaign is not finished, or its target is no reference network.
+        ConfigError: No network has a reward yet, or the target is no reference network's.
     """
     config, store = read_config(campaign), open_to_read(campaign)
     winner, best = store.meta("winner"), candidates(store, 1)
@@ -149,6 +151,11 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
     file = out / "latency.json"
     if file.exists():
         known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        if known["campaign"] != arguments.campaign:
+            raise ConfigError(
+                f"{out}: holds the figures of {known['campaign']}, not of {arguments.campaign};"
+                " choose another folder with --out."
+            )
         return known
     if "|" in arguments.campaign:
         trial, found, reference = given(arguments.campaign)
@@ -156,8 +163,8 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
         trial, found, reference = networks_of(Path(arguments.campaign))
     width, skeleton, pair = as_slow(found, reference)
     result = {
-        "trial": trial, "found": found.text, "skeleton": skeleton.text, "width": width,
-        "comparison": to_plain(pair),
+        "campaign": arguments.campaign, "trial": trial, "found": found.text,
+        "skeleton": skeleton.text, "width": width, "comparison": to_plain(pair),
     }  # fmt: skip
     out.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps(result, indent=1).encode())
@@ -174,7 +181,13 @@ def run(*arguments: str) -> str:
         ConfigError: It failed; the last line that it printed says why.
     """
     command = [sys.executable, "-m", "retrain", *arguments]
-    done = subprocess.run(command, text=True, capture_output=True)
+    # Whatever ends this program ends the training, or a second call would find it running.
+    done = subprocess.run(
+        command,
+        text=True,
+        capture_output=True,
+        preexec_fn=functools.partial(die_with_parent, os.getpid()),
+    )
     if done.returncode:
         lines = (done.stderr or done.stdout).strip().splitlines() or ["it printed nothing"]
         raise ConfigError(f"retrain {arguments[0]}: {lines[-1]}")
@@ -204,7 +217,8 @@ def trained(training: Training, config: str, threads: int, overrides: list[str])
     keys = ("validation_accuracy", "accuracies", "epochs", "seconds", "images_per_s", "threads",
             "resumed_at_epoch", "train_images")  # fmt: skip
     # `seconds` are the last process's: of a training that went on, they are not all.
-    steps_s = report["epochs"] * report["train_images"] / report["images_per_s"]
+    images = report["epochs"] * report["train_images"]
+    steps_s = images / report["images_per_s"] if report["images_per_s"] else 0.0
     minutes = max(report["seconds"], steps_s) / 60
     figures = {
         "network": training.name, "seed": training.seed, "test_accuracy": test["top1"],
@@ -267,10 +281,10 @@ def summary(latency: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, An
 
 def show(result: dict[str, Any]) -> bool:
     """Print the figures; return whether every bar was met."""
-    print(f"{'network':>10}{'parameters':>12}{'MACs':>12}{'ms':>8}")
+    print(f"{'network':>10}{'parameters':>12}{'multiply-adds':>15}{'ms':>8}")
     for name, network in result["networks"].items():
         print(
-            f"{name:>10}{network['parameters']:>12,}{network['macs']:>12,}"
+            f"{name:>10}{network['parameters']:>12,}{network['macs']:>15,}"
             f"{network['latency_ms']:>8.3f}  {network['architecture']}"
         )
     low, high = result["latency_ratio_interval"]

@@ -1,7 +1,7 @@
 """`python -m latency COMMAND`: latency without the rest of the engine.
 
-Bad input ends in one sentence on standard error and exit status 2; a device without a figure in
-status 1.
+Every error ends in one sentence on standard error: bad input with exit status 2, a device without
+a figure with 1.
 """
 
 from __future__ import annotations
@@ -12,12 +12,10 @@ from typing import cast
 import typer
 
 from latency.cli import make_app
-from space.errors import MnasError
+from space.errors import ConfigError, Interrupted, MnasError
 
 #: The class of all complaints about flags and arguments, whichever click typer is built on.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-
-EXIT_BAD_INPUT, EXIT_INTERRUPTED = 2, 130
 
 
 def main() -> None:
@@ -32,12 +30,15 @@ def _run(app: typer.Typer) -> int:
         status = app(standalone_mode=False)
         return status if isinstance(status, int) else 0
     except MnasError as error:
-        return _complain(str(error), EXIT_BAD_INPUT)
+        return _complain(str(error), error.exit_status)
     except _UsageError as error:
         message = cast(typer.BadParameter, error).format_message()
-        return _complain(f"{message.rstrip('.')}. See `python -m latency --help`.", EXIT_BAD_INPUT)
+        sentence = f"{message.rstrip('.')}. See `python -m latency --help`."
+        return _complain(sentence, ConfigError.exit_status)
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("stopped.", EXIT_INTERRUPTED)
+        return _complain("stopped.", Interrupted.exit_status)
+    except OSError as error:
+        return _complain(f"cannot read or write: {error}.", MnasError.exit_status)
 
 
 def _complain(sentence: str, status: int) -> int:

@@ -185,7 +185,10 @@ def make_table(
     device: Device = "host",
     space: Annotated[str, typer.Option(help="A file or a shipped name.")] = "mnasnet",
     networks: Annotated[int, typer.Option(min=10, help="How many are fitted.")] = 300,
-    held_out: Annotated[int, typer.Option(min=1, help="How many only test the table.")] = 50,
+    held_out: Annotated[
+        int,
+        typer.Option("--held_out", "--held-out", min=1, help="How many only test the table."),
+    ] = 50,
     out: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="The table.", show_default="DEVICE-SPACE.json"),

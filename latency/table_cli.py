@@ -131,7 +131,7 @@ def _table_lines(run: TableRun, out: Path) -> Lines:
         ("bound", f"95 % of cross-validated predictions within {table.bound:.1%}"),
         ("held out", _accuracy_text(table.held_out)),
         ("multiply-adds", _accuracy_text(table.macs_line)),
-        ("disturbed", f"{run.disturbed} measurements were noisy or drifted, twice"),
+        ("noisy", f"{run.disturbed} measurements were noisy or drifted, twice"),
         ("failed", f"{run.failed} networks have no time"),
         ("device", f"{table.device.get('name')}: {fingerprint(table.device)}"),
     ]  # fmt: skip

@@ -22,6 +22,7 @@ from safetensors.numpy import save
 
 from retrain.config import Recipe
 from retrain.data import Normalisation
+from retrain.data_config import IMAGE_FILES
 from space.architecture import Architecture, NetworkStyle, parse_architecture
 from space.errors import ConfigError
 from space.files import write_atomically
@@ -81,6 +82,17 @@ class Checkpoint:
     weights: dict[str, Any]
     training: Training | None = None
     source: str | None = None
+
+    @property
+    def evaluation_crop(self) -> tuple[float, str]:
+        """How an image file is cut to be evaluated: `crop_pct` and interpolation.
+
+        As the training's data were: small sets' images, and those of an unknown training, whole.
+        """
+        if self.training is None or self.training.recipe.data.name not in IMAGE_FILES:
+            return 1.0, "bilinear"
+        augment = self.training.recipe.augment
+        return augment.crop_pct, augment.interpolation
 
 
 @record

@@ -24,6 +24,7 @@ from retrain.checkpoint import (
 from retrain.config import Recipe, load_recipe
 from retrain.curves import curves
 from retrain.data import DataSet, load_data
+from retrain.data_config import IMAGE_FILES
 from retrain.folder import (
     ARCHITECTURE,
     CURVES,
@@ -424,8 +425,7 @@ def _seen_note(checkpoint: Checkpoint, recipe: Recipe) -> str | None:
         return "these weights come from elsewhere: they may have been trained on these images"
     theirs, ours = checkpoint.training.recipe.data, recipe.data
     # The same images in the same order, as files or packed.
-    packed = {"image_folder", "mindrecord"}
-    name = ours.name if {theirs.name, ours.name} <= packed else theirs.name
+    name = ours.name if {theirs.name, ours.name} <= set(IMAGE_FILES) else theirs.name
     if dataclasses.replace(theirs, path=ours.path, name=name) == ours:
         return None
     return (

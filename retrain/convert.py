@@ -42,7 +42,7 @@ from space.records import record, to_plain
 _OPTIONS = {
     "framework": "--from",
     "deviation": "--std",
-    "batch_norm_epsilon": "--batch-norm-epsilon",
+    "batch_norm_epsilon": "--batch_norm_epsilon",
 }
 
 

@@ -52,7 +52,8 @@ def convert(
         str | None, typer.Option("--padding", help="same or symmetric [the framework's].")
     ] = None,
     batch_norm_epsilon: Annotated[
-        float | None, typer.Option("--batch-norm-epsilon", help="[The framework's.]")
+        float | None,
+        typer.Option("--batch_norm_epsilon", "--batch-norm-epsilon", help="[The framework's.]"),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object on one line.")] = False,

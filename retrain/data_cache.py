@@ -44,12 +44,11 @@ def mapped_arrays(
     if not folder.is_dir():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder.with_name(".lock"))
-            lock.acquire()
+            held = FileLock(folder.with_name(".lock")).acquire()
         except OSError as error:
             logger.warning(_NOT_SHARED, folder, error)
             return make()
-        with lock:
+        with held:
             # It may have been made while this process waited.
             if not folder.is_dir():
                 arrays = make()

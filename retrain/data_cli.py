@@ -92,7 +92,7 @@ def to_mindrecord(
         )
         return
     print(
-        f"{out}: {counts['train']:,} training and {counts['val']:,} validation images of"
+        f"{out}: {counts['train']:,} training and {counts['val']:,} test images (val/) of"
         f" {len(manifest.classes)} classes in {len(manifest.record_files)} files,"
         f" {size_bytes:,} bytes, with their checksums in {mindrecord.MANIFEST}."
     )

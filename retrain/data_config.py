@@ -22,6 +22,10 @@ def _require_rising(name: str, value: tuple[float, float], low: float, high: flo
         )
 
 
+#: The data sets of image files of any size.
+IMAGE_FILES = ("image_folder", "mindrecord")
+
+
 @record
 class DataConfig:
     """A data set and how its training set is split.

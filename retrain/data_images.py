@@ -228,9 +228,13 @@ def decode(image: EncodedImage, channels: int) -> Pixels:
         source = Path(image.name) if image.content is None else io.BytesIO(image.content)
         with Image.open(source) as opened:
             converted = _plain(opened).convert("L" if channels == 1 else "RGB")
+    except UnidentifiedImageError:
+        # Pillow's own sentence names the file, or the address of the bytes in memory.
+        raise ConfigError(
+            f"data.path: the image {image.name} cannot be read: it is no image that Pillow knows."
+        ) from None
     except (
         OSError,
-        UnidentifiedImageError,
         Image.DecompressionBombError,
         SyntaxError,
         ValueError,

@@ -29,7 +29,7 @@ from retrain.mindrecord import load_manifest, record_stream
 from space.errors import ConfigError
 
 #: The arrays of one data set may take so much memory; image files beyond that are decoded late.
-MAX_ARRAY_BYTES = 8 * 2**30
+MAX_ARRAY_BYTES = 2 * 2**30
 
 #: Classes, training images, test images.
 Loaded = tuple[tuple[str, ...], Split, Split]

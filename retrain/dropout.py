@@ -45,5 +45,5 @@ def drop_path_mask(
 
     0 for a layer that an image skips, else 1 / (1 - rate).
     """
-    drawn = np.random.default_rng([seed, 4, step]).random((images, len(rates)), np.float32)
+    drawn = np.random.default_rng([seed, 6, step]).random((images, len(rates)), np.float32)
     return (drawn >= rates).astype(np.float32) / (1 - rates)

@@ -199,6 +199,7 @@ def _check_drop(path: Path, float32: float, int8: float, limit: float, images: i
 def described(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return JSON values: what a user of an export needs beside it, to feed it and to read it."""
     network, style = checkpoint.architecture, checkpoint.style
+    crop_pct, interpolation = checkpoint.evaluation_crop
     values: dict[str, Any] = {
         "architecture": network.text,
         "architecture_hash": network.hash,
@@ -206,6 +207,8 @@ def described(checkpoint: Checkpoint) -> dict[str, Any]:
         "batch_norm_epsilon": style.batch_norm_epsilon,
         "classes": checkpoint.classes,
         "normalisation": to_plain(checkpoint.normalisation),
+        "crop_pct": crop_pct,
+        "interpolation": interpolation,
         "precision": "float32",
         "versions": checkpoint.versions,
         "exported_with": versions(),

@@ -99,7 +99,7 @@ class Origin:
             require_name("padding", self.padding, ["same", "symmetric"])
         if self.batch_norm_epsilon is not None and not 1e-12 <= self.batch_norm_epsilon <= 1:
             raise ConfigError(
-                "--batch-norm-epsilon: must be in [1e-12, 1], but got"
+                "--batch_norm_epsilon: must be in [1e-12, 1], but got"
                 f" {self.batch_norm_epsilon!r}."
             )
         if self.model is not None and self.arch is not None:

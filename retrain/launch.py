@@ -139,30 +139,41 @@ def launch(
 def _follow(
     process: subprocess.Popen[bytes], logs: Path, on_line: Callable[[str], None]
 ) -> tuple[int, str] | None:
-    """Pass on what the first worker prints until all have ended or one complains."""
-    first, seen = logs / "worker_0.log", 0
+    """Pass on what the first worker prints until all have ended or one complains.
+
+    Returns:
+        The exit status and the sentence with which a worker ended, if one did so.
+    """
+    known: dict[Path, _GrowingFile] = {}
+    found = None
     while True:
         ended = process.poll() is not None
-        text = first.read_text(errors="replace") if first.exists() else ""
-        # A line that is being written is for the next look.
-        whole = text[seen : text.rfind("\n") + 1]
-        seen += len(whole)
-        for line in whole.splitlines():
-            if not line.startswith("[") and _COMPLAINT.match(line) is None:
-                on_line(line)
-        found = _complaint_in(logs)
+        for log in sorted(logs.glob("worker_*.log")):
+            for line in known.setdefault(log, _GrowingFile(log)).new_lines():
+                if (match := _COMPLAINT.match(line)) is not None:
+                    found = found or (int(match[1]), match[2])
+                elif log.name == "worker_0.log" and not line.startswith("["):
+                    on_line(line)
         if ended or found is not None:
             return found
         time.sleep(_LOOK_INTERVAL_S)
 
 
-def _complaint_in(logs: Path) -> tuple[int, str] | None:
-    """The exit status and the sentence with which a worker ended."""
-    for log in sorted(logs.glob("worker_*.log")):
-        for line in log.read_text(errors="replace").splitlines():
-            if (found := _COMPLAINT.match(line)) is not None:
-                return int(found[1]), found[2]
-    return None
+class _GrowingFile:
+    """A log that is read as it grows; a line that is being written is for the next look."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._read_bytes = 0
+
+    def new_lines(self) -> list[str]:
+        """Return the lines that it has gained since the last call."""
+        with self._path.open("rb") as file:
+            file.seek(self._read_bytes)
+            gained = file.read()
+        whole = gained[: gained.rfind(b"\n") + 1]
+        self._read_bytes += len(whole)
+        return whole.decode(errors="replace").splitlines()
 
 
 def _error(status: int, sentence: str) -> MnasError:

@@ -321,7 +321,10 @@ def _write_rows(path: Path, rows: list[tuple[Path, int]], clock: _Clock) -> None
 
 
 def _readable(file: Path) -> bytes:
-    content = file.read_bytes()
+    try:
+        content = file.read_bytes()
+    except OSError as error:
+        raise _unreadable(file, error) from None
     decode(EncodedImage(str(file), content), 3)
     return content
 
@@ -329,8 +332,16 @@ def _readable(file: Path) -> bytes:
 def _images_hash(rows: list[tuple[Path, int]]) -> str:
     digest = hashlib.sha256()
     for file, label in rows:
-        digest.update(f"{_name(file)}\0{label}\0{file.stat().st_size}\n".encode())
+        try:
+            size = file.stat().st_size
+        except OSError as error:
+            raise _unreadable(file, error) from None
+        digest.update(f"{_name(file)}\0{label}\0{size}\n".encode())
     return digest.hexdigest()
+
+
+def _unreadable(file: Path, error: OSError) -> ConfigError:
+    return ConfigError(f"{file}: cannot be read: {error.strerror or error}.")
 
 
 def _name(file: Path) -> str:

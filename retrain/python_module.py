@@ -30,6 +30,7 @@ def python_module(checkpoint: Checkpoint) -> str:
 def _architecture_section(checkpoint: Checkpoint) -> str:
     network, style = checkpoint.architecture, checkpoint.style
     normalisation = checkpoint.normalisation
+    crop_pct, interpolation = checkpoint.evaluation_crop
     comment = textwrap.wrap(
         network.text, _WIDTH, initial_indent="#   ", subsequent_indent="#   ",
         break_long_words=False,
@@ -41,6 +42,8 @@ def _architecture_section(checkpoint: Checkpoint) -> str:
 SIZE, CHANNELS = {network.resolution}, {network.input_channels}
 #: Of each channel, with pixels in [0, 1].
 MEAN, DEVIATION = {normalisation.mean}, {normalisation.deviation}
+#: An image file's shorter side is scaled to SIZE / CROP_PCT before the centre is cut out.
+CROP_PCT, INTERPOLATION = {crop_pct}, "{interpolation.upper()}"
 
 #: Where a convolution's border needs an odd number of zeros, `same` puts one more behind, as
 #: TensorFlow does; `symmetric` puts kernel // 2 on every side, as PyTorch does.

@@ -49,6 +49,8 @@ class Block(NamedTuple):
 SIZE, CHANNELS = 224, 3
 #: Of each channel, with pixels in [0, 1].
 MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+#: An image file's shorter side is scaled to SIZE / CROP_PCT before the centre is cut out.
+CROP_PCT, INTERPOLATION = 1.0, "BILINEAR"
 
 #: Where a convolution's border needs an odd number of zeros, `same` puts one more behind, as
 #: TensorFlow does; `symmetric` puts kernel // 2 on every side, as PyTorch does.
@@ -235,8 +237,10 @@ def read_image(path: str) -> np.ndarray:
     image = vision.Decode(to_pil=True)(np.fromfile(path, np.uint8))
     if CHANNELS == 1:
         image = vision.Grayscale(1)(image)
-    image = vision.CenterCrop(SIZE)(vision.Resize(SIZE, vision.Inter.BILINEAR)(image))
-    return np.asarray(image).reshape(SIZE, SIZE, CHANNELS).transpose(2, 0, 1)
+    pixels = np.asarray(image).reshape(image.height, image.width, CHANNELS)
+    pixels = vision.Resize(int(SIZE / CROP_PCT), vision.Inter[INTERPOLATION])(pixels)
+    pixels = vision.CenterCrop(SIZE)(pixels)
+    return pixels.reshape(SIZE, SIZE, CHANNELS).transpose(2, 0, 1)
 
 
 def main() -> None:

@@ -105,7 +105,7 @@ def warm_up(recipe: Recipe, *, threads: int) -> None:
     prepare_process(threads)
     class_names(recipe.data)
     if recipe.data.name == "digits":
-        load_data(recipe.data, 8, 1, recipe.augment)
+        load_data(recipe.data, 8, 1)
 
 
 def train(
@@ -184,7 +184,8 @@ def check_fit(
     """Raise unless the network can be trained on the data.
 
     Raises:
-        ConfigError: Other number of classes, too few images for one step, or nothing to train.
+        ConfigError: Other number of classes, too few images for one step, or more frozen stages
+            than there are.
     """
     if architecture.classes != len(data.classes):
         raise ConfigError(
@@ -193,8 +194,8 @@ def check_fit(
         )
     if len(data.train) < global_batch:
         raise ConfigError(
-            f"batch_size must be at most the {len(data.train)} training images, but got"
-            f" {global_batch}."
+            f"batch_size (times accumulate and workers) must be at most the {len(data.train)}"
+            f" training images, but got {global_batch}."
         )
     stages = len(architecture.blocks) + 2
     if recipe.frozen_stages > stages:

@@ -72,7 +72,7 @@ class WeightFile:
         sha256: Of the whole file, hexadecimal.
         sets: Key -> the weights that lie under it; the key is empty where they lie bare.
         aside: Keys of what else lies beside them, such as an optimizer's state.
-        metadata: Of safetensors.
+        metadata: Texts that lie beside the weights, of safetensors and of MindSpore's files.
     """
 
     kind: Kind
@@ -101,8 +101,10 @@ def read_weight_file(path: Path) -> WeightFile:
     metadata: dict[str, str] = {}
     if kind == "safetensors":
         metadata, loaded = _read_safetensors(path, raw)
+    elif kind == "MindSpore":
+        metadata, loaded = _read_mindspore(path)
     else:
-        loaded = _read_torch(path, raw) if kind == "PyTorch" else _read_mindspore(path)
+        loaded = _read_torch(path, raw)
     sets, aside = _sets(loaded)
     if not sets:
         raise ConfigError(
@@ -248,18 +250,20 @@ def _load_mindspore(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: is a damaged MindSpore file: {what}") from None
 
 
-def _read_mindspore(path: Path) -> Entries:
+def _read_mindspore(path: Path) -> tuple[dict[str, str], Entries]:
     import mindspore as ms
 
-    entries = {}
+    metadata, entries = {}, {}
     for name, parameter in _load_mindspore(path).items():
+        if isinstance(parameter, str):
+            metadata[name] = parameter
         if not isinstance(parameter, ms.Tensor):
             entries[name] = Entry(type(parameter).__name__, None)
             continue
         dtype = str(parameter.dtype).lower()
         wide = parameter.astype(ms.float32) if dtype == "bfloat16" else parameter
         entries[name] = Entry(dtype, np.array(wide.asnumpy()))
-    return entries
+    return metadata, entries
 
 
 # ---------------------------------------------------------------------------- writing

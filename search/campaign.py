@@ -5,7 +5,7 @@
     campaign.log     what happened, with times and trial ids
     log.jsonl        the same for programs
     finalists/       one folder for each network that was fully retrained
-    export/          the winner: architecture, weights, ONNX
+    export/          the winner: architecture and ONNX; its weights are in finalists/
     report.html      made from the database at the end, or by `mnas report`
 
 One process writes, and holds campaign.lock; another that wants to write is refused and told who

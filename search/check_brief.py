@@ -28,6 +28,7 @@ from search.config import (
 )
 from search.evaluation import Evaluation, make_evaluator
 from search.executor import Job, run_job
+from search.trial import Failure
 from space.architecture import Architecture
 from space.errors import FailureCause
 from space.records import record
@@ -189,7 +190,8 @@ def _evaluate(
     outcome = run_job(evaluator, job, limit_s)
     seconds = time.monotonic() - started
     if not isinstance(outcome, Evaluation):
-        return _failed(outcome.reason)
+        cause = outcome.cause if isinstance(outcome, Failure) else "architecture"
+        return _failed(outcome.reason, cause)
     if cut is None:
         images = _held_out(config, job.architecture)
         return Brief(None, seconds, None, outcome.accuracy, outcome.metrics, None, images)

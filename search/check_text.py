@@ -65,7 +65,7 @@ def finding_lines(findings: Sequence[Finding]) -> list[tuple[str, str]]:
 
 def member_table(members: Sequence[Member]) -> Table:
     """Return the networks tried as a table."""
-    figures = ["M params", "M macs", "step s", "child s", "latency ms", "memory MB"]
+    figures = ["M params", "M multiply-adds", "step s", "child s", "latency ms", "memory MB"]
     said = any("evaluator" in (member.latencies_ms or {}) for member in members)
     note = "; latency is the evaluator's word, not measured" if said else ""
     table = plain_table(f"networks tried{note}", figures, ["network"])
@@ -188,12 +188,12 @@ def training_text(ranking: Ranking, task: Task, training: Training) -> str:
 
 def _what(task: Task) -> str:
     how = {"proxy": "as a child", "full": "in full"}[task.kind]
-    return f"{count(task.architecture).macs / 1e6:,.2f} M macs {how}"
+    return f"{count(task.architecture).macs / 1e6:,.2f} M multiply-adds {how}"
 
 
 def rank_table(report: RankReport) -> Table:
     """Return the networks with both accuracies as a table."""
-    figures = ["M macs", "proxy", "full", "proxy s", "full s"]
+    figures = ["M multiply-adds", "proxy", "full", "proxy s", "full s"]
     table = plain_table("accuracy as a child (proxy) and in full", figures, ["network"])
     for row in report.networks:
         table.add_row(
@@ -214,7 +214,7 @@ def _shortened(text: str, letters: int = 28) -> str:
 def rank_lines(config: CampaignConfig, report: RankReport) -> list[tuple[str, str]]:
     """Return (label, text) lines of how well the proxy ranks, and what to do about it."""
     lines = [
-        ("FAILED", f"{row.macs / 1e6:,.2f} M macs {row.failure}; left out of tau")
+        ("FAILED", f"{row.macs / 1e6:,.2f} M multiply-adds {row.failure}; left out of tau")
         for row in report.networks
         if row.failure
     ]
@@ -231,7 +231,7 @@ def rank_lines(config: CampaignConfig, report: RankReport) -> list[tuple[str, st
         )
     )
     if report.tau_macs is not None:
-        lines.append(("macs", f"multiply-adds alone give tau {report.tau_macs:.2f}"))
+        lines.append(("multiply-adds", f"alone give tau {report.tau_macs:.2f}"))
     lines.append(("noise", noise_of_tau(report)))
     lines.append(("range", "networks nearer to each other than these, as a search's late ones,"
                   " are ranked less well"))  # fmt: skip

@@ -1,4 +1,5 @@
-"""The command line's campaign commands: search, resume, status, top, trials, report.
+"""The command line's campaign commands: search, resume, status, top, trials,
+compare, report.
 
 Heavy imports stand inside the commands, so that `mnas --help` answers at once. Commands that
 report take `--json`: one object on one line on standard output, keys as field names with units.
@@ -15,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrain import data_cli
 from search import check_cli, cli_parts
 from space.errors import ConfigError
 
@@ -386,4 +386,3 @@ def report_command(
 
 check_cli.register(app, _free_folder)
 cli_parts.register(app)
-app.add_typer(data_cli.app, name="data", rich_help_panel=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,13 +65,12 @@ def campaign_trial(folder: Path, number: str) -> Any:
     """
     from search.campaign import open_to_read
 
-    store = open_to_read(folder)
-    trial = store.trial(int(number)) if number.lstrip("-").isdecimal() else None
-    if trial is None:
+    with closing(open_to_read(folder)) as store:
+        trial = store.trial(int(number)) if number.lstrip("-").isdecimal() else None
         proposed = sum(store.counts().values())
-        raise ConfigError(
-            f"{folder}: has no trial {number!r}; they count from 0 to {proposed - 1}."
-        )
+    if trial is None:
+        known = f"they count from 0 to {proposed - 1}" if proposed else "it has none yet"
+        raise ConfigError(f"{folder}: has no trial {number!r}; {known}.")
     return trial
 
 
@@ -452,7 +452,8 @@ def export(
 def _winner(folder: Path) -> int:
     from search.campaign import open_to_read
 
-    winner = open_to_read(folder).meta("winner")
+    with closing(open_to_read(folder)) as store:
+        winner = store.meta("winner")
     if winner is None:
         raise ConfigError(f"{folder}: has no winner yet; give --trial.")
     return int(winner["trial"])

@@ -7,8 +7,7 @@ maps are. A stride of 2 splits the padded plane into its even and odd rows and c
 that it too is a sum of shifts. Gradients are sums of the same kind.
 
 The kernels hold no lock: channels are shared out to a few threads of this process, as many as
-MindSpore was given. The machine code is cached beside this file or, where that is read-only, in
-the user's cache folder (numba's rules; NUMBA_CACHE_DIR overrides them).
+MindSpore was given.
 """
 
 from __future__ import annotations
@@ -18,17 +17,17 @@ import functools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal
 
 import mindspore as ms
-import numba
 import numpy as np
 from mindspore import nn, ops
 from numpy.typing import NDArray
 
+from space.compiled import compiled
+
 Padding = Literal["same", "symmetric"]
 Array = NDArray[np.float32]
-F = TypeVar("F", bound=Callable[..., Any])
 
 #: Elements of the padded buffer: large enough to be worth a loop, small enough for the L1 cache.
 _GROUP_ELEMENTS = 1024
@@ -263,19 +262,7 @@ def _live_taps(weight: Array, rows: _Axis, columns: _Axis) -> Array:
 # that are read backwards, for the gradient by x, from reaching another row's outputs.
 
 
-def _compiled(function: F) -> F:
-    """Compile when first called; cached on disk where any cache folder can be written.
-
-    Reassociation and contraction only: infinities and NaN of a diverging network stay.
-    """
-    options = {"nogil": True, "fastmath": {"reassoc", "contract", "nsz"}, "error_model": "numpy"}
-    try:
-        return cast(F, numba.njit(cache=True, **options)(function))
-    except RuntimeError:  # numba found no folder to cache in
-        return cast(F, numba.njit(**options)(function))
-
-
-@_compiled
+@compiled
 def _add_taps(source: Array, offsets: Any, weights: Array, target: Array, length: int) -> None:
     """target[t] = sum over m of weights[m] * source[offsets[m] + t], t < length."""
     target[:length] = 0
@@ -310,7 +297,7 @@ def _add_taps(source: Array, offsets: Any, weights: Array, target: Array, length
             target[t] += w0 * s0[t]
 
 
-@_compiled
+@compiled
 def _add_dots(source: Array, offsets: Any, dy: Array, sums: Any, length: int) -> None:
     """sums[m] += sum over t < length of source[offsets[m] + t] * dy[t]."""
     taps, m = len(offsets), 0
@@ -336,7 +323,7 @@ def _add_dots(source: Array, offsets: Any, dy: Array, sums: Any, length: int) ->
         m += 1
 
 
-@_compiled
+@compiled
 def _copy_split(
     images: Array,
     n: int,
@@ -369,7 +356,7 @@ def _copy_split(
                     images[n, c, y, first + i * stride] = buffer[base + i]
 
 
-@_compiled
+@compiled
 def _tap_places(rows: int, columns: int, stride: int, plane_columns: int) -> Any:
     """Two (rows * columns,) integer arrays in the filter's order: phase, distance in a plane."""
     phases = np.empty(rows * columns, np.int64)
@@ -382,7 +369,7 @@ def _tap_places(rows: int, columns: int, stride: int, plane_columns: int) -> Any
     return phases, distances
 
 
-@_compiled
+@compiled
 def _forward(
     x: Array,
     taps: Array,
@@ -416,7 +403,7 @@ def _forward(
                         y[n0 + n, c, row, column] = target[base + column]
 
 
-@_compiled
+@compiled
 def _backward(
     x: Array,
     taps: Array,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import math
 import signal
@@ -18,13 +19,14 @@ from filelock import FileLock
 from scipy.stats import kendalltau
 from test_json_page import documented
 
-from search import check_rank
+from search import check_brief, check_rank
 from search.check_brief import Brief
 from search.check_rank import RankedNetwork, RankReport, open_ranking, spread
 from search.check_tau import accuracy_noise, interval, kendall_tau, tau_of_noise
 from search.check_text import rank_lines, time_left
 from search.cli import app
 from search.config import CampaignConfig, load_campaign_config
+from search.executor import Job
 from space.architecture import Architecture
 from space.cost import count
 from space.errors import ConfigError
@@ -537,3 +539,22 @@ def test_real_trainings_killed_and_gone_on_with_give_a_tau(tmp_path: Path) -> No
 
     again = mnas(*arguments, "--json", cwd=tmp_path, timeout_s=120)
     assert json.loads(again.stdout) == report
+
+
+def test_a_full_disk_is_not_the_network_s_fault(
+    monkeypatch: pytest.MonkeyPatch, digits: CampaignConfig
+) -> None:
+    class Evaluator:
+        def warm_up(self) -> None: ...
+
+        def begin(self, bars: object) -> None: ...
+
+        def evaluate(self, network: object, **options: object) -> object:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(check_brief, "make_evaluator", lambda *_, **__: Evaluator())
+    job = Job(0, spread(digits_space(), 0, 1)[0], 0)
+    brief = check_brief._evaluate(digits.evaluator, job, 1, 60.0, None)
+    assert brief.cause == "infrastructure"
+    assert brief.failure is not None
+    assert "No space left on device" in brief.failure

@@ -532,13 +532,15 @@ def test_a_published_network_is_scaled_and_takes_the_arrays_classes(tmp_path: Pa
     assert (report.architecture, report.model) == (network.text, None)
 
 
-def test_the_files_of_this_project_are_known_by_what_they_are(tmp_path: Path) -> None:
-    path = tmp_path / "m.safetensors"
+@pytest.mark.parametrize("name", ["m.safetensors", "m.ckpt"])
+def test_the_files_of_this_project_are_known_by_what_they_are(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
     checkpoint_file(path, SMALL_B1, FRAMEWORKS["timm"].style)
     with pytest.raises(ConfigError, match="is a checkpoint of mnas already; say with --to"):
         convert(path, tmp_path / "o.safetensors")
     with pytest.raises(ConfigError, match="says all about itself, but --arch was given"):
         convert(path, tmp_path / "o.safetensors", to="timm", origin=Origin(arch=SMALL_TEXT))
+    assert convert(path, tmp_path / "back.safetensors", to="timm").source_framework == "mnas"
     with pytest.raises(ConfigError, match="`mnas convert` reads weights of other frameworks"):
         load_checkpoint(foreign_file(tmp_path / "t.safetensors", "timm", SMALL_B1))
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from space import depthwise
 from space.architecture import NetworkStyle, parse_architecture
+from space.compiled import compiled
 from space.depthwise import DepthwiseConv2d, convolve, gradients
 from space.network import build_network
 
@@ -241,7 +242,7 @@ def test_without_a_folder_for_the_machine_code_it_is_compiled_without_a_cache(
         return lambda function: ("compiled", function)
 
     monkeypatch.setattr(numba, "njit", njit)
-    assert depthwise._compiled(draw) == ("compiled", draw)  # type: ignore[comparison-overlap]
+    assert compiled(draw) == ("compiled", draw)  # type: ignore[comparison-overlap]
     assert asked == [True, False]
 
 
@@ -277,12 +278,12 @@ def test_a_network_trains_alike_with_both_implementations() -> None:
     architecture = parse_architecture(NETWORK)
     style = NetworkStyle("symmetric", 1e-3, 0.9)
     native = build_network(architecture, style, seed=4, depthwise="native")
-    compiled = build_network(architecture, style, seed=4, depthwise="numba")
+    ours = build_network(architecture, style, seed=4, depthwise="numba")
     names = [(p.name, p.shape) for p in native.get_parameters()]
-    assert [(p.name, p.shape) for p in compiled.get_parameters()] == names
+    assert [(p.name, p.shape) for p in ours.get_parameters()] == names
     losses = train(native, 6)
     assert losses[-1] < losses[0] - 0.05
-    np.testing.assert_allclose(train(compiled, 6), losses, rtol=0, atol=1e-4)
+    np.testing.assert_allclose(train(ours, 6), losses, rtol=0, atol=1e-4)
 
 
 COLD_START = """

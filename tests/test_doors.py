@@ -21,7 +21,7 @@ DOORS = {
         "retrain/export.py",
         "space/quantization.py",
     },
-    "numba": {"space/depthwise.py"},
+    "numba": {"space/compiled.py"},
     "ray": {"search/ray_cluster.py"},
     "mlflow": {"search/tracking.py"},
     "torch": {"retrain/weight_files.py"},

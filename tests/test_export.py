@@ -21,10 +21,12 @@ from onnx_parity import mindspore_logits, random_weights
 from PIL import Image
 
 from retrain import export, standalone
+from retrain.augment import evaluation_view
 from retrain.checkpoint import Checkpoint, Training, save_checkpoint
 from retrain.commands import export_command
 from retrain.config import DataConfig, Recipe
 from retrain.data import DataSet, Normalisation, load_data
+from retrain.data_config import AugmentConfig
 from retrain.python_module import python_module
 from space.architecture import PAPER_STYLE, NetworkStyle, parse_architecture
 from space.cost import count
@@ -234,6 +236,22 @@ def test_the_template_is_the_module_of_a1() -> None:
     assert python_module(a1) == Path(str(standalone.__file__)).read_text()
 
 
+def test_the_module_cuts_images_as_the_training_s_evaluation_does(tmp_path: Path) -> None:
+    text = DIGITS.replace("c10 | in1", "c10 | in3")
+    augment = AugmentConfig(crop_pct=0.875, interpolation="bicubic")
+    recipe = Recipe(DataConfig("image_folder", path="images"), 3, augment=augment)
+    made = dataclasses.replace(checkpoint(text, SYMMETRIC), training=Training(recipe, 5, 3, 0.5))
+    (tmp_path / "cutting.py").write_text(python_module(made))
+    noise = np.random.default_rng(0).integers(0, 256, (37, 50, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(tmp_path / "noise.png")
+    (tmp_path / "cut.py").write_text(
+        "import numpy, cutting; numpy.save('pixels.npy', cutting.read_image('noise.png'))"
+    )
+    python("cut.py", cwd=tmp_path)
+    expected = evaluation_view(noise, 12, augment)
+    np.testing.assert_array_equal(np.load(tmp_path / "pixels.npy").transpose(1, 2, 0), expected)
+
+
 @pytest.mark.slow
 def test_the_module_as_a_script_names_the_classes_of_images(digits: Path, tmp_path: Path) -> None:
     report = export_command(digits, tmp_path / "model.py", format="python", threads=1)
@@ -315,6 +333,7 @@ def assert_complete(said: dict[str, Any]) -> None:
     assert said["classes"] == list("0123456789")
     assert said["normalisation"] == {"mean": [0.3], "deviation": [0.35]}
     assert said["data"] == "digits"
+    assert (said["crop_pct"], said["interpolation"]) == (1.0, "bilinear")
     assert (said["validation_accuracy"], said["epochs"], said["seed"]) == (0.5, 3, 5)
     for made_by in ("versions", "exported_with"):
         assert {"mnas", "mindspore", "python"} <= said[made_by].keys()
@@ -334,7 +353,7 @@ def test_an_onnx_file_says_how_to_feed_it_and_takes_any_batch(
     assert [(o.domain, o.version) for o in model.opset_import] == [("", OPSET)]
     assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
     texts = {entry.key: entry.value for entry in model.metadata_props}
-    plain = ("architecture", "architecture_hash", "padding", "precision", "data")
+    plain = ("architecture", "architecture_hash", "padding", "precision", "data", "interpolation")
     assert_complete({k: v if k in plain else json.loads(v) for k, v in texts.items()})
     made = checkpoint(DIGITS, SYMMETRIC)
     session = ort.InferenceSession(out, providers=["CPUExecutionProvider"])

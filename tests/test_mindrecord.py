@@ -163,6 +163,19 @@ def test_an_unreadable_image_is_named_and_after_its_removal_the_call_goes_on(
     assert state(out)["train-00000.mindrecord"] == first
 
 
+def test_what_is_no_image_or_cannot_be_opened_is_named_and_nothing_else_blamed(
+    folder: Path, tmp_path: Path
+) -> None:
+    file = folder / "train" / "class02" / "1.jpg"
+    file.write_text("a thesis")
+    with pytest.raises(ConfigError, match=r"class02/1.jpg cannot be read: it is no image that"):
+        convert(folder, tmp_path / "out")
+    train, val = class_folders(folder)
+    file.unlink()
+    with pytest.raises(ConfigError, match=r"class02/1.jpg: cannot be read: No such file"):
+        to_mindrecord({"train": train, "val": val}, tmp_path / "out")
+
+
 def test_a_folder_with_something_else_or_in_use_is_left_alone(
     folder: Path, tmp_path: Path
 ) -> None:

@@ -28,8 +28,10 @@ the bars that are printed; the exit status is 1 where one was missed.
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -41,6 +43,7 @@ import numpy as np
 
 from latency.device import load_device, make_meter
 from latency.measurement import Measurement
+from retrain.launch import die_with_parent
 from search.accel_nasbench import AccelNasBenchConfig, AccelNasBenchEvaluator
 from search.campaign import open_to_read, read_config
 from search.objective import Objective
@@ -111,7 +114,8 @@ def search(run: Run, runs: Path, target_ms: float) -> None:
             "objective.target=null", f"objective.target_ms={target_ms}",
             "--out", str(folder),
         ]  # fmt: skip
-    done = subprocess.run(command)
+    # Whatever ends this program ends the search, or a second call would find it running.
+    done = subprocess.run(command, preexec_fn=functools.partial(die_with_parent, os.getpid()))
     if done.returncode:
         raise MnasError(
             f"{folder}: the search ended with status {done.returncode}; call this program again"
@@ -367,7 +371,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--runs", type=Path, default=Path("runs/derivation"))
     parser.add_argument("--plot", type=Path, help="a .png or .svg file")
-    parser.add_argument("--only-finished", action="store_true", help="search nothing")
+    parser.add_argument("--only_finished", action="store_true", help="search nothing")
     arguments = parser.parse_args()
     target = load_yaml(find_config(CONFIG, "search"))["objective"]["target"]
     reference = find_architecture(target["reference"])
