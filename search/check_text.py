@@ -65,7 +65,7 @@ def finding_lines(findings: Sequence[Finding]) -> list[tuple[str, str]]:
 
 def member_table(members: Sequence[Member]) -> Table:
     """Return the networks tried as a table."""
-    figures = ["M params", "M multiply-adds", "step s", "child s", "latency ms", "memory MB"]
+    figures = ["M params", "M mult-adds", "step s", "child s", "latency ms", "memory MB"]
     said = any("evaluator" in (member.latencies_ms or {}) for member in members)
     note = "; latency is the evaluator's word, not measured" if said else ""
     table = plain_table(f"networks tried{note}", figures, ["network"])
@@ -193,7 +193,7 @@ def _what(task: Task) -> str:
 
 def rank_table(report: RankReport) -> Table:
     """Return the networks with both accuracies as a table."""
-    figures = ["M multiply-adds", "proxy", "full", "proxy s", "full s"]
+    figures = ["M mult-adds", "proxy", "full", "proxy s", "full s"]
     table = plain_table("accuracy as a child (proxy) and in full", figures, ["network"])
     for row in report.networks:
         table.add_row(
