@@ -429,6 +429,7 @@ def test_a_resumed_campaign_equals_one_that_never_stopped(archive: Path, tmp_pat
 # ---------------------------------------------------------------------------- the real data
 
 
+@pytest.mark.slow
 @needs_data
 def test_held_out_networks_are_predicted_well() -> None:
     text = dict(evaluator(other_devices=["zcu102", "tpuv2"]).about())["surrogate"]

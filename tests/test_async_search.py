@@ -50,6 +50,7 @@ def test_every_trial_is_evaluated_and_learned_from_once(tmp_path: Path, controll
     assert all(row["outcome"] for row in found)
 
 
+@pytest.mark.slow
 def test_with_one_worker_kill_9_and_resume_is_bit_identical(tmp_path: Path) -> None:
     quiet = tmp_path / "quiet"
     start(load_campaign_config(str(write(tmp_path, trials=TRIALS)), ["mode=async"]), quiet)

@@ -244,6 +244,7 @@ def test_after_the_first_batch_it_says_whether_the_target_is_within_reach(
     assert sentence in (tmp_path / "r" / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_class_that_refuses_its_options_in_a_worker_says_why_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -105,6 +105,7 @@ time.sleep(600)
 """
 
 
+@pytest.mark.slow
 def test_a_finalist_that_hung_is_killed_with_what_it_started_and_trained_again(
     folder: Path,
 ) -> None:
@@ -170,6 +171,7 @@ def wait_until_ended(process: int) -> None:
             time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_training_that_prints_now_and_then_is_not_taken_to_hang(folder: Path) -> None:
     # A bar without a line's end is a sign of life.
     code = "import time\nfor _ in range(14):\n    time.sleep(0.5)\n    print('.', end='')\nprint()"

@@ -81,6 +81,7 @@ def the_winner(outcome: CampaignOutcome) -> dict[str, Any]:
     return outcome.winner
 
 
+@pytest.mark.slow
 def test_on_an_int8_device_the_int8_accuracy_chooses_and_every_page_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -118,6 +119,7 @@ def test_on_an_int8_device_the_int8_accuracy_chooses_and_every_page_says_so(
     assert ", accuracy in int8" in page
 
 
+@pytest.mark.slow
 def test_finalists_are_trained_by_as_many_workers_as_the_campaign_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +132,7 @@ def test_finalists_are_trained_by_as_many_workers_as_the_campaign_says(
     assert all("--threads" not in given for given in trained)
 
 
+@pytest.mark.slow
 def test_a_training_that_failed_by_the_machine_s_fault_is_tried_again_by_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -301,6 +301,7 @@ def test_children_that_hang_or_crash_their_worker_are_failed_trials(tmp_path: Pa
     assert retried == {t.id for t in trials if t.attempt == 2 and t.reused_from is None}
 
 
+@pytest.mark.slow
 def test_a_network_that_kills_every_worker_is_not_given_to_another_one(tmp_path: Path) -> None:
     config = tmp_path / "poison.yaml"
     config.write_text(
