@@ -246,7 +246,7 @@ def test_a_network_for_other_classes_is_refused() -> None:
 
 
 def test_a_batch_larger_than_the_training_set_is_refused() -> None:
-    with pytest.raises(ConfigError, match="batch_size must be at most the 1146 training images"):
+    with pytest.raises(ConfigError, match=r"workers\) must be at most the 1146 training images"):
         train(TINY, dataclasses.replace(RECIPE, batch_size=1147), seed=0, threads=1)
 
 
