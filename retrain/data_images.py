@@ -228,18 +228,11 @@ def decode(image: EncodedImage, channels: int) -> Pixels:
         source = Path(image.name) if image.content is None else io.BytesIO(image.content)
         with Image.open(source) as opened:
             converted = _plain(opened).convert("L" if channels == 1 else "RGB")
-    except UnidentifiedImageError:
-        # Pillow's own sentence names the file, or the address of the bytes in memory.
-        raise ConfigError(
-            f"data.path: the image {image.name} cannot be read: it is no image that Pillow knows."
-        ) from None
-    except (
-        OSError,
-        Image.DecompressionBombError,
-        SyntaxError,
-        ValueError,
-    ) as error:
+    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError) as error:
         reason = f"{error}".replace(f"{image.name!r}", "the file")
+        if isinstance(error, UnidentifiedImageError):
+            # Pillow's own sentence would name bytes by their address in memory.
+            reason = "it is no image that Pillow knows"
         raise ConfigError(f"data.path: the image {image.name} cannot be read: {reason}.") from None
     pixels = np.asarray(converted)
     return pixels if channels == 3 else pixels[:, :, None]

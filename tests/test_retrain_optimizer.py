@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mindspore as ms
 import numpy as np
 import pytest
 
+from retrain import ema
 from retrain.config import OptimizerConfig
 from retrain.ema import Averages
 from retrain.optimizer import decays, make_optimizer, set_learning_rate
@@ -112,7 +115,11 @@ def test_an_optimizer_whose_weights_are_all_decayed_works() -> None:
     np.testing.assert_allclose(weight.asnumpy(), 0.95, rtol=1e-6)
 
 
-def test_averages_follow_their_formula_from_the_first_step() -> None:
+@pytest.mark.parametrize("move", [ema._move, ema._move_arrays])
+def test_averages_follow_their_formula_from_the_first_step(
+    move: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ema, "_move", move)
     weights = [ms.Parameter(ms.Tensor(np.array([1.0, 2.0], np.float32)), name="w")]
     averages = Averages(weights, 0.5)
     expected = np.array([1.0, 2.0])
