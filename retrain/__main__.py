@@ -21,15 +21,13 @@ from retrain.convert_cli import convert
 from retrain.launch import MSRUN, PARENT, complaint, die_with_launcher, die_with_parent
 from retrain.progress import ProgressDisplay
 from retrain.request import TrainRequest, int8_request
+from space.command_line import exit_status
 from space.errors import ConfigError, Interrupted, MnasError
 from space.files import is_full
 from space.records import to_plain
 
 if TYPE_CHECKING:
     from retrain.folder import TrainReport
-
-#: The class of all complaints about flags and arguments, whichever click typer is built on.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 #: What whoever began a training that ended early can do.
 _GO_ON = "go on with the same command and --resume"
@@ -375,35 +373,12 @@ def main() -> None:
     """Run a command and exit with its status."""
     if sys.argv[1:] and sys.argv[1].startswith("-") and sys.argv[1] != "--help":
         sys.argv.insert(1, "train")
-    sys.exit(_run())
+    sys.exit(exit_status(_command, "python -m retrain --help", line=complaint))
 
 
-def _run() -> int:
-    try:
-        _heed_parent()
-        status = app(standalone_mode=False)
-        # typer answers Ctrl-C with this status itself.
-        if status == Interrupted.exit_status:
-            raise KeyboardInterrupt
-        return status if isinstance(status, int) else 0
-    except MnasError as error:
-        return _complain(str(error), error.exit_status)
-    except _UsageError as error:
-        sentence = error.format_message()  # type: ignore[attr-defined]  # click's, whichever it is
-        return _complain(f"{sentence} See `python -m retrain --help`.", ConfigError.exit_status)
-    except (KeyboardInterrupt, typer.Abort):
-        return _complain("stopped.", Interrupted.exit_status)
-    except BrokenPipeError:
-        # The reader of a pipe went away: nothing to say, and nowhere to say it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return MnasError.exit_status
-    except OSError as error:
-        return _complain(f"cannot read or write: {error}.", MnasError.exit_status)
-
-
-def _complain(sentence: str, status: int) -> int:
-    print(complaint(sentence, status), file=sys.stderr)
-    return status
+def _command() -> object:
+    _heed_parent()
+    return app(standalone_mode=False)
 
 
 if __name__ == "__main__":

@@ -182,8 +182,8 @@ def test_latency_measure_speaks_json_with_units() -> None:
 def test_help_loads_no_framework() -> None:
     code = (
         "import sys; sys.argv = ['mnas', '--help']\n"
-        "from search.__main__ import _run\n"
-        "_run()\n"
+        "from search.__main__ import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "heavy = {'mindspore', 'ray', 'onnx', 'onnxruntime', 'numba', 'sklearn', 'plotly'}\n"
         "print(sorted(heavy & set(sys.modules)), file=sys.stderr)\n"
     )

@@ -156,7 +156,9 @@ def test_a_file_that_loses_too_much_accuracy_is_never_written(
     rule = r"must be at most 0\.02 below .* is 0\.\d+ beside 0\.\d+ on 141 validation images"
     for program in (room, search):
         monkeypatch.setattr(sys, "argv", ["mnas", *arguments, "--threads", "1"])
-        assert program._run() == 1
+        with pytest.raises(SystemExit) as ended:
+            program.main()
+        assert ended.value.code == 1
         said = capsys.readouterr()
         assert re.search(rule, said.err)
         assert (said.out, said.err.count("\n")) == ("", 1)
