@@ -18,6 +18,7 @@ import typer
 
 from search import check_cli, cli_parts
 from space.errors import ConfigError
+from space.files import versions
 
 if TYPE_CHECKING:
     from search.campaign import Campaign
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="mnas",
-    help="Find a network for your device: search, measure, retrain, export.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -46,6 +46,28 @@ MlflowOption = Annotated[
     str | None, typer.Option("--mlflow", metavar="URI", help="Log to an MLflow server or store.")
 ]
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A campaign's folder.")]
+
+
+def _say_version(wanted: bool) -> None:
+    if wanted:
+        found = versions()
+        print(f"mnas {found.pop('mnas', 'not installed')}")
+        for name, version in found.items():
+            print(f"{name} {version}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Say which versions are installed.", callback=_say_version,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:  # fmt: skip
+    """Find a network for your device: search, measure, retrain, export."""
 
 
 def print_json(value: Any) -> None:

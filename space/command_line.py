@@ -56,9 +56,11 @@ def exit_status(
     except MnasError as error:
         sentence, status = str(error), error.exit_status
     except _UsageError as error:
-        message = cast(typer.BadParameter, error).format_message()
+        message, status = cast(typer.BadParameter, error).format_message(), ConfigError.exit_status
+        if type(error).__name__ == "NoArgsIsHelpError":
+            print(message, file=sys.stderr)
+            return status
         sentence = f"{message.rstrip('.')}. See `{help_command}`."
-        status = ConfigError.exit_status
     except (KeyboardInterrupt, typer.Abort):
         sentence, status = "stopped.", Interrupted.exit_status
     except BrokenPipeError:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from campaigns import mnas, write_synthetic
+from campaigns import mnas, mnas_here, write_synthetic
 
 from space.cost import count
 from space.mnasnet import published
@@ -75,7 +75,7 @@ def test_a_wrong_configuration_gets_one_sentence(
     text = config.read_text()
     assert old in text
     config.write_text(text.replace(old, new, 1))
-    done = mnas("search", str(config), "--out", str(tmp_path / "run"))
+    done = mnas_here("search", str(config), "--out", str(tmp_path / "run"))
     assert_one_sentence(done, *parts)
     assert not (tmp_path / "run" / "campaign.db").exists()
 
@@ -83,22 +83,22 @@ def test_a_wrong_configuration_gets_one_sentence(
 def test_missing_empty_and_binary_configurations_get_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "empty.yaml").touch()
     (tmp_path / "binary.yaml").write_bytes(bytes(range(256)))
-    assert_one_sentence(mnas("search", str(tmp_path / "none.yaml")), "no such file")
-    assert_one_sentence(mnas("search", str(tmp_path / "empty.yaml")), "is empty")
-    assert_one_sentence(mnas("search", str(tmp_path / "binary.yaml")), "binary")
-    assert_one_sentence(mnas("search", "digitz"), "did you mean 'digits'")
+    assert_one_sentence(mnas_here("search", str(tmp_path / "none.yaml")), "no such file")
+    assert_one_sentence(mnas_here("search", str(tmp_path / "empty.yaml")), "is empty")
+    assert_one_sentence(mnas_here("search", str(tmp_path / "binary.yaml")), "binary")
+    assert_one_sentence(mnas_here("search", "digitz"), "did you mean 'digits'")
 
 
 def test_wrong_flags_and_commands_get_one_sentence(tmp_path: Path) -> None:
-    assert_one_sentence(mnas("serch"), "serch")
-    assert_one_sentence(mnas("search"), "CONFIG")
-    assert_one_sentence(mnas("top", str(tmp_path), "--count", "none"), "'--count'")
-    assert_one_sentence(mnas("status", str(tmp_path / "nowhere")), "no such folder")
-    assert_one_sentence(mnas("status", str(tmp_path)), "holds no campaign")
-    assert_one_sentence(mnas("resume", str(tmp_path)), "holds no campaign")
-    assert_one_sentence(mnas("space", "show", "mnasnet-a2"), "did you mean 'mnasnet-a1'")
-    assert_one_sentence(mnas("space", "show", "stem8 | r1 | head1 | r8 | c2"), "k<number>")
-    assert_one_sentence(mnas("check-plugin", "divice", "a:B"), "did you mean 'device'")
+    assert_one_sentence(mnas_here("serch"), "serch")
+    assert_one_sentence(mnas_here("search"), "CONFIG")
+    assert_one_sentence(mnas_here("top", str(tmp_path), "--count", "none"), "'--count'")
+    assert_one_sentence(mnas_here("status", str(tmp_path / "nowhere")), "no such folder")
+    assert_one_sentence(mnas_here("status", str(tmp_path)), "holds no campaign")
+    assert_one_sentence(mnas_here("resume", str(tmp_path)), "holds no campaign")
+    assert_one_sentence(mnas_here("space", "show", "mnasnet-a2"), "did you mean 'mnasnet-a1'")
+    assert_one_sentence(mnas_here("space", "show", "stem8 | r1 | head1 | r8 | c2"), "k<number>")
+    assert_one_sentence(mnas_here("check-plugin", "divice", "a:B"), "did you mean 'device'")
 
 
 def test_search_resume_demands_the_saved_configuration(campaign: Path, tmp_path: Path) -> None:
@@ -118,53 +118,55 @@ def test_an_existing_campaign_is_not_overwritten_and_the_default_folder_is_a_new
         done = mnas("search", str(config), "--json", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert one_object(done.stdout)["folder"] == f"runs/{folder}"
-    done = mnas("search", str(config), "--out", "runs/synthetic", cwd=tmp_path)
+    done = mnas_here("search", str(config), "--out", "runs/synthetic", cwd=tmp_path)
     assert_one_sentence(done, "holds a campaign already", "mnas resume runs/synthetic")
 
 
 def test_status_top_and_report_speak_json(campaign: Path) -> None:
-    status = one_object(mnas("status", str(campaign), "--json").stdout)
+    status = one_object(mnas_here("status", str(campaign), "--json").stdout)
     assert status["state"] == "finished"
     assert status["trials"] == status["trials_total"] == 16
     assert status["trials_pending"] == 0
     assert status["target_ms"] == 3.0
-    top = one_object(mnas("top", str(campaign), "-n", "3", "--json").stdout)
+    top = one_object(mnas_here("top", str(campaign), "-n", "3", "--json").stdout)
     assert len(top["trials"]) == 3
     best = top["trials"][0]
     assert best == status["best"]
     assert {"trial", "reward", "accuracy", "latency_ms", "parameters", "macs"} <= set(best)
     rewards = [trial["reward"] for trial in top["trials"]]
     assert rewards == sorted(rewards, reverse=True)
-    front = one_object(mnas("top", str(campaign), "--front", "--json").stdout)["trials"]
+    front = one_object(mnas_here("top", str(campaign), "--front", "--json").stdout)["trials"]
     latencies = [trial["latency_ms"] for trial in front]
     assert latencies == sorted(latencies)
-    report = one_object(mnas("report", str(campaign), "--json").stdout)
+    report = one_object(mnas_here("report", str(campaign), "--json").stdout)
     assert Path(report["report"]).read_text().startswith("<!DOCTYPE html>")
 
 
 def test_tables_for_people_print_counts_in_full(campaign: Path) -> None:
-    done = mnas("top", str(campaign), "-n", "1")
-    best = one_object(mnas("top", str(campaign), "-n", "1", "--json").stdout)["trials"][0]
+    done = mnas_here("top", str(campaign), "-n", "1")
+    best = one_object(mnas_here("top", str(campaign), "-n", "1", "--json").stdout)["trials"][0]
     assert f"{best['macs']:,}" in done.stdout
     assert f"{best['parameters']:,}" in done.stdout
-    shown = mnas("space", "show", "mnasnet-a1", "--width", "0.75").stdout
+    shown = mnas_here("space", "show", "mnasnet-a1", "--width", "0.75").stdout
     assert "2,912,278" in shown
     assert "223,448,480" in shown
 
 
 def test_space_commands_speak_json(campaign: Path) -> None:
-    shown = one_object(mnas("space", "show", "mnasnet-a1", "--json").stdout)
+    shown = one_object(mnas_here("space", "show", "mnasnet-a1", "--json").stdout)
     cost = count(published("mnasnet-a1"))
     assert shown["parameters"] == cost.parameters == 3_887_038
     assert shown["macs"] == sum(stage["macs"] for stage in shown["stages"])
-    trial = one_object(mnas("space", "show", f"{campaign}:0", "--json").stdout)
+    trial = one_object(mnas_here("space", "show", f"{campaign}:0", "--json").stdout)
     assert trial["architecture"].startswith("stem8_s11")
-    first = mnas("space", "sample", "mnasnet", "-n", "2", "--seed", "1", "--json").stdout
-    assert first == mnas("space", "sample", "mnasnet", "-n", "2", "--seed", "1", "--json").stdout
+    first = mnas_here("space", "sample", "mnasnet", "-n", "2", "--seed", "1", "--json").stdout
+    assert (
+        first == mnas_here("space", "sample", "mnasnet", "-n", "2", "--seed", "1", "--json").stdout
+    )
     assert len(one_object(first)["samples"]) == 2
-    member = mnas("space", "check", "mnasnet_derivation", "mnasnet-a1", "--json")
+    member = mnas_here("space", "check", "mnasnet_derivation", "mnasnet-a1", "--json")
     assert one_object(member.stdout)["member"] is True
-    stranger = mnas("space", "check", "mnasnet", "mnasnet-a1", "--json")
+    stranger = mnas_here("space", "check", "mnasnet", "mnasnet-a1", "--json")
     assert stranger.returncode == 1
     assert "block 4" in one_object(stranger.stdout)["why_not"]
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from campaigns import mnas, start_mnas, wait_for_results, write_synthetic
+from campaigns import mnas, mnas_here, start_mnas, wait_for_results, write_synthetic
 from test_json_page import documented
 
 from search import cli
@@ -97,10 +97,10 @@ def test_campaigns_are_compared_at_the_trials_that_all_of_them_have(tmp_path: Pa
 
 def test_the_command_prints_a_row_for_each(tmp_path: Path) -> None:
     folder = run(tmp_path / "a", trials=8)
-    done = mnas("compare", str(folder), str(folder), "--json")
+    done = mnas_here("compare", str(folder), str(folder), "--json")
     rows = json.loads(done.stdout)["campaigns"]
     assert [row["trials"] for row in rows] == [8, 8]
-    table = mnas("compare", str(folder), str(folder))
+    table = mnas_here("compare", str(folder), str(folder))
     assert table.returncode == 0, table.stderr
     assert "reward at 8" in " ".join(table.stdout.split())
 
@@ -110,7 +110,7 @@ def test_rewards_of_different_objectives_are_not_compared(tmp_path: Path) -> Non
     hard = run(tmp_path / "b", "objective.name=hard", trials=8)
     with pytest.raises(ConfigError, match="their rewards cannot be compared"):
         compare([soft, hard])
-    done = mnas("compare", str(soft), str(tmp_path / "none"))
+    done = mnas_here("compare", str(soft), str(tmp_path / "none"))
     assert done.returncode == 2
     assert "holds no campaign" in done.stderr
 
@@ -167,7 +167,7 @@ def test_six_pairs_are_enough_for_a_sign_test_in_which_equal_ones_have_no_say(
 
 def test_figures_of_many_campaigns_are_not_cut(tmp_path: Path) -> None:
     folders = [str(folder) for folder in pairs_of(tmp_path, [0.1234, 0.2345, 0.3456, 0.4567])]
-    done = mnas("compare", *folders)
+    done = mnas_here("compare", *folders)
     assert done.returncode == 0, done.stderr
     assert "…" not in done.stdout
     for figure in ("0.6234", "0.7345", "0.8456", "0.9567", "+0.1234", "4 of 4"):
@@ -300,7 +300,7 @@ def test_a_picture_shows_every_campaign_in_every_panel(tmp_path: Path) -> None:
     folders = pairs_of(tmp_path, [0.25])
     for ending in ("svg", "png", "html"):
         (tmp_path / f"plot.{ending}").write_text("an earlier one")
-        done = mnas("compare", *map(str, folders), "--plot", str(tmp_path / f"plot.{ending}"))
+        done = mnas_here("compare", *map(str, folders), "--plot", str(tmp_path / f"plot.{ending}"))
         assert done.returncode == 0, done.stderr
         assert f"plot.{ending}" in done.stdout
     lines = re.findall(
@@ -349,13 +349,13 @@ def test_a_folders_name_is_text_in_the_page_and_the_picture(tmp_path: Path) -> N
 def test_a_picture_that_cannot_be_written_is_refused_first(
     tmp_path: Path, plot: str, sentence: str
 ) -> None:
-    done = mnas("compare", "a", "b", "--plot", plot, cwd=tmp_path)
+    done = mnas_here("compare", "a", "b", "--plot", plot, cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == f"mnas: {sentence}\n"
 
 
 def test_one_campaign_is_nothing_to_compare(tmp_path: Path) -> None:
-    done = mnas("compare", str(write_campaign(tmp_path / "a", [(0.5, 2.0)])))
+    done = mnas_here("compare", str(write_campaign(tmp_path / "a", [(0.5, 2.0)])))
     assert done.returncode == 2
     assert done.stderr == (
         "mnas: DIR...: must be two campaigns or more, but got 1; `mnas report DIR` shows one.\n"
@@ -364,7 +364,7 @@ def test_one_campaign_is_nothing_to_compare(tmp_path: Path) -> None:
 
 def test_the_keys_are_documented(tmp_path: Path) -> None:
     folders = pairs_of(tmp_path, [0.25])
-    done = mnas("compare", *map(str, folders), "--json")
+    done = mnas_here("compare", *map(str, folders), "--json")
     found = json.loads(done.stdout)
     (pairing,) = found["pairings"]
     assert pairing["pairs"][0]["second_folder"] == str(folders[1])

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from campaigns import mnas, write_synthetic
+from campaigns import mnas, mnas_here, write_synthetic
 
 from search import environment
 from search.config import campaign_config, load_campaign_config
@@ -44,7 +44,7 @@ def events(folder: Path) -> list[str]:
 
 def exported(folder: Path) -> list[dict[str, str]]:
     out = folder / "trials.csv"
-    done = mnas("trials", str(folder), "--out", str(out))
+    done = mnas_here("trials", str(folder), "--out", str(out))
     assert done.returncode == 0, done.stderr
     with out.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -75,15 +75,15 @@ def test_status_top_and_the_report_show_the_change(folder: Path) -> None:
     made_with(folder, onnxruntime="0.9")
     resume(folder, ["stop.trials=32"])
     note = f"environment 2 from trial 20 on: onnxruntime 0.9 -> {versions()['onnxruntime']}"
-    assert note in mnas("status", str(folder)).stdout
-    status = json.loads(mnas("status", str(folder), "--json").stdout)
+    assert note in mnas_here("status", str(folder)).stdout
+    status = json.loads(mnas_here("status", str(folder), "--json").stdout)
     assert [entry["first_trial"] for entry in status["environments"]] == [0, 20]
-    top = mnas("top", str(folder), "-n", "30").stdout
+    top = mnas_here("top", str(folder), "-n", "30").stdout
     assert note in top
     (heads,) = (line for line in top.splitlines() if "reward" in line)
     assert heads.split()[-1] == "env"
     assert "…" not in heads
-    best = json.loads(mnas("top", str(folder), "-n", "30", "--json").stdout)["trials"]
+    best = json.loads(mnas_here("top", str(folder), "-n", "30", "--json").stdout)["trials"]
     assert {trial["environment"] for trial in best} == {1, 2}
     page = (folder / "report.html").read_text()
     assert f"The trials' figures come from more than one environment: {note}" in (
@@ -96,7 +96,7 @@ def test_an_unchanged_environment_says_nothing(folder: Path) -> None:
     assert "Warning" not in done.stdout
     assert events(folder) == []
     assert {row["environment"] for row in exported(folder)} == {"1"}
-    assert "changed  " not in mnas("top", str(folder)).stdout
+    assert "changed  " not in mnas_here("top", str(folder)).stdout
 
 
 def test_trials_that_were_open_are_of_the_environment_that_finished_them(
@@ -124,7 +124,7 @@ def test_a_campaign_of_an_earlier_engine_opens_and_its_versions_are_compared(
     store.set_meta("versions", {**versions(), "ray": "0.1"})
     write_report(store, load_campaign_config(str(folder / "config.yaml")), folder / "page.html")
     store.close()
-    assert "changed  " not in mnas("status", str(folder)).stdout
+    assert "changed  " not in mnas_here("status", str(folder)).stdout
     assert {row["environment"] for row in exported(folder)} == {"1"}
     resume(folder, ["stop.trials=24"])
     assert "ray 0.1 -> " in events(folder)[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from campaigns import mnas, write_synthetic
+from campaigns import mnas_here, write_synthetic
 
 from search.config import load_campaign_config
 from search.engine import Silent, start
@@ -38,7 +38,7 @@ def trials_of(folder: Path) -> list[Trial]:
 
 def test_a_csv_file_holds_every_trial_with_its_figures(campaign: Path, tmp_path: Path) -> None:
     out = tmp_path / "trials.csv"
-    done = mnas("trials", str(campaign / "campaign"), "--out", str(out), "--json")
+    done = mnas_here("trials", str(campaign / "campaign"), "--out", str(out), "--json")
     assert json.loads(done.stdout) == {"file": str(out), "trials": 24}
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -54,7 +54,7 @@ def test_a_csv_file_holds_every_trial_with_its_figures(campaign: Path, tmp_path:
 def test_a_parquet_file_holds_the_same(campaign: Path, tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="the [parquet] extra is missing")
     out = tmp_path / "trials.parquet"
-    done = mnas("trials", str(campaign / "campaign"), "--out", str(out))
+    done = mnas_here("trials", str(campaign / "campaign"), "--out", str(out))
     assert done.returncode == 0, done.stderr
     table = parquet.read_table(out).to_pydict()
     assert table["trial"] == [trial.id for trial in trials_of(campaign)]
@@ -63,7 +63,7 @@ def test_a_parquet_file_holds_the_same(campaign: Path, tmp_path: Path) -> None:
 
 def test_another_suffix_is_refused_in_one_sentence(campaign: Path, tmp_path: Path) -> None:
     out = tmp_path / "trials.xlsx"
-    done = mnas("trials", str(campaign / "campaign"), "--out", str(out))
+    done = mnas_here("trials", str(campaign / "campaign"), "--out", str(out))
     assert done.returncode == 2
     assert "must end in .csv or .parquet" in done.stderr
     assert not out.exists()
