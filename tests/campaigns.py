@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import IO, Any
@@ -74,10 +75,18 @@ def mnas(
     )
 
 
-def mnas_here(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run a command that starts no training to its end in this process: a second less each."""
+def mnas_here(
+    *arguments: str, cwd: Path | None = None, main: Callable[[], object] = main
+) -> subprocess.CompletedProcess[str]:
+    """Run a command that computes little to its end in this process: a second less each.
+
+    Args:
+        arguments: Of the command line.
+        cwd: Where it runs.
+        main: Whose command it is; `mnas` without one.
+    """
     out, errors = io.StringIO(), io.StringIO()
-    given = sys.argv
+    given, answer = sys.argv, signal.getsignal(signal.SIGTERM)
     sys.argv = ["mnas", *arguments]
     try:
         with redirect_stdout(out), redirect_stderr(errors), chdir(cwd or Path.cwd()):
@@ -86,6 +95,7 @@ def mnas_here(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedP
         status = ended.code
     finally:
         sys.argv = given
+        signal.signal(signal.SIGTERM, answer)
     assert isinstance(status, int)
     return subprocess.CompletedProcess(sys.argv, status, out.getvalue(), errors.getvalue())
 

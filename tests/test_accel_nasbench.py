@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from campaigns import mnas, rows
+from campaigns import mnas, mnas_here, rows
 
 from search.accel_nasbench import (
     ACCURACY_NOISE,
@@ -256,7 +256,7 @@ def test_other_data_than_the_campaigns_are_refused(archive: Path) -> None:
 
 
 def test_without_data_the_campaign_ends_with_one_sentence_and_status_2(tmp_path: Path) -> None:
-    done = mnas("search", "accel_nasbench", f"evaluator.data={tmp_path}/none", cwd=tmp_path)
+    done = mnas_here("search", "accel_nasbench", f"evaluator.data={tmp_path}/none", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert re.fullmatch(
         r"mnas: evaluator\.data: must exist, but got '.*none' \(No such file.*\)\.\n", done.stderr
@@ -267,7 +267,7 @@ def test_without_a_word_about_the_data_the_sentence_says_what_to_give(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv(FOLDER_VARIABLE, raising=False)
-    done = mnas("search", "accel_nasbench", cwd=tmp_path)
+    done = mnas_here("search", "accel_nasbench", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("mnas: evaluator.data: must name Accel-NASBench's data")
     assert f"give evaluator.data=DIR or set {FOLDER_VARIABLE}" in done.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from campaigns import mnas, write_synthetic
+from campaigns import mnas, mnas_here, write_synthetic
 from test_json_page import documented
 
 from search import check_networks
@@ -50,7 +50,7 @@ def checked(config: CampaignConfig, folder: Path, **options: Any) -> Report:
 
 def test_a_wrong_setting_gets_one_sentence_and_nothing_is_created(tmp_path: Path) -> None:
     config = write_synthetic(tmp_path)
-    done = mnas("check", str(config), "stop.trails=3", cwd=tmp_path)
+    done = mnas_here("check", str(config), "stop.trails=3", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("mnas: ")
     assert "did you mean 'trials'" in done.stderr

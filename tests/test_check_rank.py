@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from campaigns import mnas, start_mnas, write_synthetic
+from campaigns import mnas, mnas_here, start_mnas, write_synthetic
 from filelock import FileLock
 from scipy.stats import kendalltau
 from test_json_page import documented
@@ -444,7 +444,7 @@ def test_two_processes_do_not_write_one_file(tmp_path: Path, digits: CampaignCon
 def test_what_cannot_be_ranked_is_refused_in_one_sentence(
     tmp_path: Path, arguments: tuple[str, ...], sentence: str
 ) -> None:
-    done = mnas("check", *arguments, cwd=tmp_path)
+    done = mnas_here("check", *arguments, cwd=tmp_path)
     assert done.returncode == 2
     assert sentence in done.stderr
     assert done.stderr.count("\n") == 1
@@ -453,7 +453,7 @@ def test_what_cannot_be_ranked_is_refused_in_one_sentence(
 
 
 def test_the_stand_in_has_no_full_training(tmp_path: Path) -> None:
-    done = mnas("check", str(write_synthetic(tmp_path)), "--rank", "4", cwd=tmp_path)
+    done = mnas_here("check", str(write_synthetic(tmp_path)), "--rank", "4", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
     assert "an evaluator that trains, but synthetic" in done.stderr
 

@@ -15,7 +15,7 @@ from typing import Any
 import mindspore as ms
 import numpy as np
 import pytest
-from campaigns import mnas
+from campaigns import mnas, mnas_here
 from convert_parts import (
     foreign_arrays,
     foreign_file,
@@ -641,7 +641,7 @@ def test_bad_input_ends_in_one_sentence_and_status_2(
     save_file({"x": np.zeros(1, np.float32)}, tmp_path / "other.safetensors")
     (tmp_path / "there.safetensors").write_bytes(b"mine")
     (tmp_path / "names").write_text("a\nb\n")
-    done = mnas("convert", *arguments, cwd=tmp_path)
+    done = mnas_here("convert", *arguments, cwd=tmp_path)
     assert done.returncode == 2, done.stdout + done.stderr
     assert done.stderr.startswith("mnas: ")
     assert sentence in done.stderr

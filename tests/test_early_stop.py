@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from campaigns import TESTS, controller_states, mnas, rows, write_synthetic
+from campaigns import TESTS, controller_states, mnas_here, rows, write_synthetic
 from retrain_parts import TINY, TINY_RECIPE
 
 from retrain.config import Recipe
@@ -125,7 +125,7 @@ def test_workers_that_do_not_wait_for_one_another_stop_children_too(tmp_path: Pa
     assert outcomes.count("stopped") >= 8
     resume(folder, ["stop.trials=96"])
     assert [t.outcome for t in trials_of(folder)][:64] == outcomes
-    status = json.loads(mnas("status", str(folder), "--json").stdout)
+    status = json.loads(mnas_here("status", str(folder), "--json").stdout)
     stopped = [t for t in trials_of(folder) if t.outcome == "stopped"]
     assert status["trials_stopped"] == len(stopped) > outcomes.count("stopped")
 
@@ -152,7 +152,7 @@ def test_a_rule_that_cannot_work_is_refused_with_a_sentence(
     tmp_path: Path, override: str, sentence: str
 ) -> None:
     path = write_synthetic(tmp_path, trials=8)
-    done = mnas("search", str(path), override, "--out", str(tmp_path / "run"))
+    done = mnas_here("search", str(path), override, "--out", str(tmp_path / "run"))
     assert done.returncode == 2
     assert sentence in done.stderr
     assert not (tmp_path / "run").exists()

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from campaigns import mnas
+from campaigns import mnas, mnas_here
 from test_json_page import documented
 
+import latency.__main__
 from latency.checks import Finding
 from latency.compare import Comparison, compare
 from latency.device import DeviceConfig, LatencyMeter
@@ -125,11 +126,11 @@ def test_the_configurations_on_the_page_are_valid() -> None:
 
 
 def test_devices_says_what_each_is() -> None:
-    done = mnas("latency", "devices")
+    done = mnas_here("latency", "devices")
     assert "board.local over ssh" in done.stdout
     assert "this host, ONNX Runtime, 2 threads" in done.stdout
     assert "onnx2tf and adb, 1 thread, batch 1, means of 50 runs" in done.stdout
-    assert one_object(mnas("latency", "devices", "--json"))["ssh_board"]["kind"] == "ssh"
+    assert one_object(mnas_here("latency", "devices", "--json"))["ssh_board"]["kind"] == "ssh"
 
 
 def test_check_says_what_is_there_and_exits_with_1_where_something_is_lacking(
@@ -166,7 +167,7 @@ def test_bad_input_and_a_device_without_a_figure_get_one_sentence(
     arguments: list[str], status: int, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
-    done = room(*arguments)
+    done = mnas_here(*arguments, main=latency.__main__.main)
     assert done.returncode == status, done.stderr
     assert sentence in done.stderr
     assert done.stderr.startswith("mnas: ")

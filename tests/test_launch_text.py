@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from campaigns import mnas, write_synthetic
+from campaigns import mnas_here, write_synthetic
 
 from search.config import load_campaign_config
 from search.launch_text import launch_lines
@@ -66,7 +66,7 @@ def test_a_device_at_a_node_is_said_to_be_there() -> None:
 
 def test_search_prints_the_plan_before_its_first_trial(tmp_path: Path) -> None:
     config = write_synthetic(tmp_path, trials=8)
-    done = mnas("search", str(config), "--out", str(tmp_path / "run"))
+    done = mnas_here("search", str(config), "--out", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     launched, _, _ = done.stdout.partition("trial 0")
     assert "workers    1, this process\n" in launched

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from campaigns import mnas, write_synthetic
+from campaigns import mnas_here, write_synthetic
 
 from latency.measurement import Measurement
 from search.config import load_campaign_config
@@ -95,7 +95,7 @@ def test_a_cache_that_cannot_be_written_for_now_costs_nothing_but_the_entry(
 
 def test_a_folder_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
     config = write_synthetic(tmp_path, trials=2)
-    done = mnas("search", str(config), f"measurement_cache={tmp_path}/no/m.db", cwd=tmp_path)
+    done = mnas_here("search", str(config), f"measurement_cache={tmp_path}/no/m.db", cwd=tmp_path)
     assert done.returncode == 2
     assert "measurement_cache: " in done.stderr
     assert "Traceback" not in done.stderr

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from campaigns import mnas, write_synthetic
+from campaigns import mnas_here, write_synthetic
 
 from search import campaign, cli
 from search.config import load_campaign_config
@@ -32,13 +32,13 @@ def silence(folder: Path) -> None:
 
 
 def test_it_runs_there_as_long_as_that_host_is_heard_of(folder: Path) -> None:
-    status = json.loads(mnas("status", str(folder), "--json").stdout)
+    status = json.loads(mnas_here("status", str(folder), "--json").stdout)
     assert (status["state"], status["running_on"]) == ("running", "elsewhere")
     assert "running on elsewhere (cannot be checked from here" in (
-        mnas("status", str(folder)).stdout.replace("\n", " ")
+        mnas_here("status", str(folder)).stdout.replace("\n", " ")
     )
     silence(folder)
-    status = json.loads(mnas("status", str(folder), "--json").stdout)
+    status = json.loads(mnas_here("status", str(folder), "--json").stdout)
     assert (status["state"], status["running_on"]) == ("finished", None)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pareto_front as benchmark
 import pytest
-from campaigns import mnas, write_synthetic
+from campaigns import mnas, mnas_here, write_synthetic
 from toy_spaces import toy_space
 
 from controller.base import Outcome, Proposal, Result, state_from_bytes, state_to_bytes
@@ -364,7 +364,7 @@ def test_top_shows_the_front_in_the_controllers_objectives(tmp_path: Path) -> No
     controller = "controller={name: pareto, objectives: [accuracy, parameters]}"
     folder = tmp_path / "run"
     assert mnas("search", str(config), controller, "--out", str(folder)).returncode == 0
-    shown = json.loads(mnas("top", str(folder), "--front", "--json").stdout)["trials"]
+    shown = json.loads(mnas_here("top", str(folder), "--front", "--json").stdout)["trials"]
     assert len(shown) > 1
     for trial in shown:
         others = [t for t in shown if t["trial"] != trial["trial"]]

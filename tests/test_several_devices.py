@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from campaigns import mnas, write_synthetic
+from campaigns import mnas_here, write_synthetic
 
 from search.config import load_campaign_config
 from search.engine import start
@@ -110,7 +110,9 @@ def test_the_size_of_the_model_file_can_be_capped(tmp_path: Path) -> None:
 
 def test_a_cap_that_needs_a_device_is_refused_without_one(tmp_path: Path) -> None:
     config = write_synthetic(tmp_path)
-    done = mnas("search", str(config), "objective.caps.model_mb=1.0", "--out", str(tmp_path / "x"))
+    done = mnas_here(
+        "search", str(config), "objective.caps.model_mb=1.0", "--out", str(tmp_path / "x")
+    )
     assert done.returncode == 2
     assert "must be measured: give a device" in done.stderr
     assert not (tmp_path / "x").exists()
