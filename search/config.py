@@ -32,6 +32,7 @@ from space.records import (
     record,
     to_plain,
 )
+from space.search_space import SpaceConfig
 
 
 @record
@@ -53,12 +54,18 @@ class PluginConfig:
 
 @record
 class SpaceChoice:
-    """A shipped space's name or a path, and what the images change about it."""
+    """A shipped space's name or a path, and what the images change about it.
+
+    Attributes:
+        definition: What the file of that name held when the campaign began, which rules from then
+            on; tokens mean nothing without it.
+    """
 
     name: str
     resolution: int | None = None
     classes: int | None = None
     input_channels: int | None = None
+    definition: SpaceConfig | None = None
 
 
 @record
@@ -452,12 +459,13 @@ def campaign_config(values: dict[str, Any], *, where: str, folder: Path) -> Camp
     """Return the configuration that plain values describe.
 
     Names in it are resolved here: a device's name or path becomes its configuration, a recipe's
-    name its recipe, so that the result stands by itself.
+    name its recipe, and a space's file is read, so that the result stands by itself.
 
     Raises:
         ConfigError: See `load_campaign_config`.
     """
     resolved = _resolve_names(values, folder)
+    resolved["space"] = _defined(resolved.get("space"), folder)
     for key in ("controller", "evaluator", "device"):
         resolved[key] = _plugin_keys(resolved.get(key), f"{where}: {key}")
         if resolved[key] is None:
@@ -490,6 +498,17 @@ def _resolve_names(values: dict[str, Any], folder: Path) -> dict[str, Any]:
             path = find_config(part["recipe"], "retrain", relative_to=folder)
             resolved[key] = {**part, "recipe": load_yaml(path)}
     return resolved
+
+
+def _defined(space: Any, folder: Path) -> Any:
+    """A space's values with what the file that its name stands for holds."""
+    if not isinstance(space, dict) or not isinstance(space.get("name"), str):
+        return space
+    if space.get("definition") is not None:
+        return space
+    path = find_config(space["name"], "space", relative_to=folder)
+    definition = build(SpaceConfig, load_yaml(path), where=str(path))
+    return {**space, "definition": to_plain(definition)}
 
 
 def _device_values(device: Any, folder: Path) -> Any:

@@ -29,7 +29,7 @@ from space.architecture import Architecture
 from space.cost import count
 from space.errors import ConfigError
 from space.mnasnet import adapt, find_architecture
-from space.search_space import SearchSpace, load_space
+from space.search_space import SearchSpace, adapted_space
 
 
 class Parts:
@@ -144,11 +144,12 @@ def campaign_space(config: CampaignConfig) -> SearchSpace:
     """Return the space of a campaign.
 
     Raises:
-        ConfigError: There is none of that name, or it does not take what is changed about it.
+        ConfigError: It does not take what is changed about it.
     """
     choice = config.space
-    return load_space(
-        choice.name,
+    assert choice.definition is not None  # campaign_config() reads it
+    return adapted_space(
+        choice.definition,
         resolution=choice.resolution,
         classes=choice.classes,
         input_channels=choice.input_channels,

@@ -35,7 +35,6 @@ import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -418,15 +417,31 @@ def load_space(
     resolution: int | None = None,
     classes: int | None = None,
     input_channels: int | None = None,
-    relative_to: Path | None = None,
 ) -> SearchSpace:
     """Return a space by shipped name or path, set to another kind of image where asked.
 
     Raises:
         ConfigError: See `find_config` and `build`.
     """
-    path = find_config(name_or_path, "space", relative_to=relative_to)
+    path = find_config(name_or_path, "space")
     config = build(SpaceConfig, load_yaml(path), where=str(path))
+    return adapted_space(
+        config, resolution=resolution, classes=classes, input_channels=input_channels
+    )
+
+
+def adapted_space(
+    config: SpaceConfig,
+    *,
+    resolution: int | None = None,
+    classes: int | None = None,
+    input_channels: int | None = None,
+) -> SearchSpace:
+    """Return the space that a file's content describes, set to another kind of image where asked.
+
+    Raises:
+        ConfigError: It describes none, or does not take what is changed.
+    """
     changes = {
         name: value
         for name, value in (

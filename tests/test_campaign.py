@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from campaigns import TESTS, comparable, controller_states, mnas, rows, write_synthetic
 
-from search.campaign import open_to_write
+from search.campaign import open_to_write, read_config
 from search.config import (
     CampaignConfig,
     campaign_config,
@@ -19,6 +19,7 @@ from search.config import (
 )
 from search.engine import resume, start
 from search.history import read_history
+from search.parts import campaign_space
 from search.report_data import read_facts
 from search.stop import Tally
 from search.store import Store
@@ -406,6 +407,25 @@ def test_every_shipped_campaign_loads_and_its_resolved_form_is_the_same(
     config = load_campaign_config(name)
     plain = config_to_plain(config)
     assert campaign_config(plain, where="resolved", folder=tmp_path) == config
+
+
+def test_a_campaign_keeps_the_space_that_it_began_with(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "{name: own, stem: 8, head: 16, resolution: 16, classes: 10,"
+        " choices: {kernel_size: [3, 5]}, blocks: [{filters: [8, 16], layers: 1, stride: 1}]}"
+    )
+    settings = ["space={name: own.yaml, classes: 3}", "stop.trials=8"]
+    # The name is looked up beside the campaign's file.
+    config = load_campaign_config(str(write_synthetic(tmp_path)), settings)
+    start(config, tmp_path / "run")
+    own.write_text("{name: own, stem: 8, head: 16}")
+    with pytest.raises(ConfigError, match="misses\|missing"):
+        load_campaign_config(str(write_synthetic(tmp_path)), settings)
+    own.unlink()
+    space = campaign_space(read_config(tmp_path / "run"))
+    assert (space.size, space.config.classes, space.config.stem) == (4, 3, 8)
+    assert resume(tmp_path / "run", ["stop.trials=16"]).trials == 16
 
 
 def test_a_users_own_part_is_written_into_the_resolved_configuration(tmp_path: Path) -> None:
