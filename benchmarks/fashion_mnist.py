@@ -390,7 +390,8 @@ def main() -> None:
                 )
             )
     except MnasError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_status)
     result = summary(latency, rows)
     write_atomically(arguments.out / "results.json", json.dumps(result, indent=1).encode())
     if arguments.plot is not None:

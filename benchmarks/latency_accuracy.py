@@ -377,7 +377,8 @@ def main() -> None:
             print(f"{name}: {SECTIONS[name].__doc__}", flush=True)
             SECTIONS[name](arguments, bars)
     except MnasError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_status)
     sys.exit(0 if bars.all_met else 1)
 
 

@@ -295,7 +295,8 @@ def main() -> None:
     try:
         run_missing(_arguments())
     except ConfigError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_status)
 
 
 if __name__ == "__main__":

@@ -420,7 +420,7 @@ def test_a_campaign_keeps_the_space_that_it_began_with(tmp_path: Path) -> None:
     config = load_campaign_config(str(write_synthetic(tmp_path)), settings)
     start(config, tmp_path / "run")
     own.write_text("{name: own, stem: 8, head: 16}")
-    with pytest.raises(ConfigError, match="misses\|missing"):
+    with pytest.raises(ConfigError, match=r"misses\|missing"):
         load_campaign_config(str(write_synthetic(tmp_path)), settings)
     own.unlink()
     space = campaign_space(read_config(tmp_path / "run"))

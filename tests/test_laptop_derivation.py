@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 from pathlib import Path
 
+import pytest
 from campaigns import write_synthetic
-from derivation.laptop import by_accuracy, near_target
+from derivation.laptop import (
+    PROTOCOL,
+    Run,
+    by_accuracy,
+    chosen,
+    known_result,
+    main,
+    measured_target,
+    near_target,
+)
 
+from latency.device import load_device, make_meter
 from search.campaign import open_to_read
 from search.config import load_campaign_config
 from search.engine import start
 from space.cost import count
+from space.errors import ConfigError
 from space.mnasnet import find_architecture, published
 from space.search_space import load_space
 
@@ -53,3 +67,70 @@ def test_what_is_judged_is_accurate_and_near_the_target_and_comes_once(tmp_path:
     assert near_target(ranked[:3], target_ms, 5) == sorted(
         ranked[:3], key=lambda trial: -(trial.accuracy or 0.0)
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("guided:250", "must read NAME:TRIALS:SEEDS[:OBJECTIVE]"),
+        ("guided:x:3", "must be a whole number >= 1, but got 'x'"),
+        ("guided:250:0", "must be a whole number >= 1, but got '0'"),
+        ("giuded:250:1", "did you mean 'guided'"),
+        ("guided:250:1:sotf", "sotf"),
+    ],
+)
+def test_wrong_campaigns_are_refused_before_anything_is_measured(
+    text: str,
+    sentence: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--runs", str(tmp_path / "runs"), "--controllers", "random:8:1", text]
+    monkeypatch.setattr(sys, "argv", ["laptop.py", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_target_that_another_machine_measured_is_refused(tmp_path: Path) -> None:
+    reference = published("mnasnet-small")
+    identity = make_meter(load_device("host")).identity()
+    kept = {"taken_ms": [3.0, 1.0, 2.0], "device": identity}
+    (tmp_path / "target.json").write_text(json.dumps(kept))
+    assert measured_target(tmp_path, reference) == 2.0
+    kept["device"] = {**identity, "threads": 99}
+    (tmp_path / "target.json").write_text(json.dumps(kept))
+    with pytest.raises(ConfigError, match="another --runs"):
+        measured_target(tmp_path, reference)
+
+
+def test_a_result_of_other_rules_is_made_anew(tmp_path: Path) -> None:
+    run = Run("guided", 250, 3)
+    assert known_result(run, tmp_path) is None
+    folder = tmp_path / "guided-250-3"
+    folder.mkdir()
+    for protocol, is_known in ((PROTOCOL, True), (PROTOCOL - 1, False)):
+        (folder / "derivation.json").write_text(json.dumps({"protocol": protocol}))
+        assert (known_result(run, tmp_path) is not None) == is_known
+
+
+@pytest.mark.parametrize(
+    ("rows", "found"),
+    [
+        # Of those within 2 % the most accurate, however well the others do.
+        ([(1.019, 0.66, 0.6), (0.99, 0.65, 0.6), (1.03, 0.7, 0.7)], 0),
+        # None is: the best reward.
+        ([(1.05, 0.66, 0.61), (1.03, 0.65, 0.62)], 1),
+    ],
+)
+def test_the_target_comes_before_the_accuracy(
+    rows: list[tuple[float, float, float]], found: int
+) -> None:
+    judged = [
+        {"ratio": ratio, "observed_accuracy": accuracy, "reward": reward}
+        for ratio, accuracy, reward in rows
+    ]
+    assert chosen(judged) is judged[found]

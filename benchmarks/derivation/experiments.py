@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from laptop import is_diverse
+from laptop import is_diverse, picture, positive
 from numpy.typing import NDArray
 
 from search.accel_nasbench import AccelNasBenchConfig, AccelNasBenchEvaluator
@@ -102,7 +102,7 @@ def rewards(arguments: argparse.Namespace, truth: Truth) -> None:
         found, late = [], []
         for seed in range(arguments.seeds):
             trials, chosen, target_ms = campaign(
-                arguments.runs / f"rewards-{_stem(label)}-{seed}",
+                arguments.runs / f"rewards-{_stem(label)}-{arguments.trials}-{seed}",
                 [f"seed={seed}", f"stop.trials={arguments.trials}", *settings],
             )
             found.append(truth(find_architecture(chosen.architecture), target_ms))
@@ -260,10 +260,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--trials", type=int, default=2000, help="of rewards")
+    parser.add_argument("--seeds", type=positive, default=3)
+    parser.add_argument("--trials", type=positive, default=2000, help="of rewards")
     parser.add_argument("--runs", type=Path, default=Path("runs/derivation-experiments"))
-    parser.add_argument("--plot", type=Path, help="of rewards: a .png or .svg file")
+    parser.add_argument("--plot", type=picture, help="of rewards: a .png or .svg file")
     arguments = parser.parse_args()
     try:
         truth = Truth()
@@ -271,7 +271,8 @@ def main() -> None:
             print(f"{name}: {EXPERIMENTS[name].__doc__}")
             EXPERIMENTS[name](arguments, truth)
     except MnasError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_status)
 
 
 if __name__ == "__main__":

@@ -145,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, choices=range(1, 101), metavar="N", default=5)
     parser.add_argument("--runs", type=Path, default=Path("runs/derivation-flat"))
     arguments = parser.parse_args()
     reference = load_yaml(find_config("mnasnet_a1_laptop", "search"))["objective"]["target"]
@@ -180,7 +180,8 @@ def main() -> None:
                     flush=True,
                 )
     except MnasError as error:
-        sys.exit(str(error))
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_status)
 
 
 if __name__ == "__main__":

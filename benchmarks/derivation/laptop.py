@@ -7,8 +7,9 @@
 
 Every campaign is configs/search/mnasnet_a1_laptop.yaml with another controller, seed and number of
 trials. They run one at a time: they share the core on which latencies are measured. They share
-their measurements, too: a network that one of them has timed is not timed again. Kill the program
-and call it again: a finished campaign is not repeated, a stopped one goes on.
+their measurements, too: a network that one of them has timed is not timed again. Everything is
+kept in the folder of --runs. Kill the program and call it again: a finished campaign is not
+repeated, a stopped one goes on.
 
 The target is the latency of A1's projection: the median of nine measurements at full precision,
 taken once, before the first campaign.
@@ -25,7 +26,7 @@ that is the latency in the table, and the accuracy there is the surrogate's mean
 search nor the choice saw these two. With another objective than `absolute`, as a fourth word, the
 15 are those with the highest rewards, wherever they lie, and the best of them is the campaign's:
 `soft` and `hard` land on no target. The medians of ppo's and guided's campaigns are held against
-the bars that are printed; the exit status is 1 where one was missed.
+the bars that are printed; the exit status is 1 where one was missed, 2 for bad input.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ import os
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,14 @@ from latency.measurement import Measurement
 from retrain.launch import die_with_parent
 from search.accel_nasbench import AccelNasBenchConfig, AccelNasBenchEvaluator
 from search.campaign import open_to_read, read_config
+from search.config import load_campaign_config
 from search.finalists import candidates
 from search.objective import Objective
 from search.store import Store
 from search.trial import Trial
 from space.architecture import Architecture
 from space.cost import count
-from space.errors import MnasError
+from space.errors import ConfigError, MnasError
 from space.files import versions, write_atomically
 from space.mnasnet import find_architecture
 from space.records import find_config, load_yaml
@@ -92,6 +94,14 @@ class Run:
     seed: int
     objective: str = LANDS
 
+    def settings(self, runs: Path) -> list[str]:
+        """What is changed about the configuration, but for the target."""
+        return [
+            f"controller.name={self.controller}", f"seed={self.seed}",
+            f"stop.trials={self.trials}", f"objective.name={self.objective}",
+            f"measurement_cache={runs / 'measurements.db'}",
+        ]  # fmt: skip
+
     @property
     def group(self) -> tuple[str, int]:
         """What the campaigns that differ in their seed alone have in common."""
@@ -105,13 +115,19 @@ class Run:
 
 def measured_target(runs: Path, reference: Architecture) -> float:
     """Return the projection's latency in milliseconds, from the folder or measured now."""
-    file = runs / "target.json"
+    file, meter = runs / "target.json", make_meter(load_device("host"))
     if not file.exists():
         runs.mkdir(parents=True, exist_ok=True)
-        meter = make_meter(load_device("host"))
         taken_ms = [meter.measure(reference).median_ms for _ in range(TARGET_ROUNDS)]
-        write_atomically(file, json.dumps({"taken_ms": taken_ms}).encode())
-    return statistics.median(json.loads(file.read_text(encoding="utf-8"))["taken_ms"])
+        kept = {"taken_ms": taken_ms, "device": meter.identity()}
+        write_atomically(file, json.dumps(kept).encode())
+    known = json.loads(file.read_text(encoding="utf-8"))
+    if known["device"] != meter.identity():
+        raise ConfigError(
+            f"{file}: must be of this machine and its versions, but is of {known['device']}; give"
+            " another --runs."
+        )
+    return statistics.median(known["taken_ms"])
 
 
 def search(run: Run, runs: Path, target_ms: float) -> None:
@@ -122,14 +138,13 @@ def search(run: Run, runs: Path, target_ms: float) -> None:
         command += ["resume", str(folder)]
     else:
         command += [
-            "search", CONFIG, f"controller.name={run.controller}", f"seed={run.seed}",
-            f"stop.trials={run.trials}", f"measurement_cache={runs / 'measurements.db'}",
-            f"objective.name={run.objective}", "objective.target=null",
-            f"objective.target_ms={target_ms}",
-            "--out", str(folder),
+            "search", CONFIG, *run.settings(runs), "objective.target=null",
+            f"objective.target_ms={target_ms}", "--out", str(folder),
         ]  # fmt: skip
     # Whatever ends this program ends the search, or a second call would find it running.
     done = subprocess.run(command, preexec_fn=functools.partial(die_with_parent, os.getpid()))
+    if done.returncode == ConfigError.exit_status:
+        raise ConfigError(f"{folder}: was refused, for the reason above.")
     if done.returncode:
         raise MnasError(
             f"{folder}: the search ended with status {done.returncode}; call this program again"
@@ -137,20 +152,27 @@ def search(run: Run, runs: Path, target_ms: float) -> None:
         )
 
 
-def finish(run: Run, runs: Path, reference: Architecture) -> dict[str, Any]:
-    """Return a campaign's result, from its folder or made now."""
+def known_result(run: Run, runs: Path) -> dict[str, Any] | None:
+    """Return a campaign's result if it has one by these rules."""
     file = run.folder(runs) / "derivation.json"
-    if file.exists():
-        known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        if known.get("protocol") == PROTOCOL:
-            return known
+    if not file.exists():
+        return None
+    known: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return known if known.get("protocol") == PROTOCOL else None
+
+
+def finish(run: Run, runs: Path, reference: Architecture) -> dict[str, Any]:
+    """Judge a campaign's networks, keep its result in its folder, and return it."""
     config, store = read_config(run.folder(runs)), open_to_read(run.folder(runs))
     target_ms = store.meta("target_ms")
     ranked = by_accuracy(store) if run.objective == LANDS else candidates(store, FINALISTS)
     store.close()
     if not ranked:
         raise MnasError(f"{run.folder(runs)}: no network has a reward.")
-    judge = Judge(run, reference, Objective(config.objective, target_ms), target_ms)
+    assert isinstance(config.evaluator, AccelNasBenchConfig)
+    judge = Judge(
+        run, reference, Objective(config.objective, target_ms), target_ms, config.evaluator
+    )
     first = near_target(ranked, target_ms, FIRST) if run.objective == LANDS else ranked
     rows = [judge.row(trial) for trial in first]
     # By how much a full measurement now differs from the search's quick ones: clocks alone.
@@ -171,8 +193,9 @@ def finish(run: Run, runs: Path, reference: Architecture) -> dict[str, Any]:
         "reference_ms": judge.references_ms,
         "reference_accuracy": judge.mean(reference), "finalists": rows, "found": found,
         "device": judge.meter.identity(), "versions": versions(),
+        "data_sha256": config.evaluator.sha256,
     }  # fmt: skip
-    write_atomically(file, json.dumps(result, indent=1).encode())
+    write_atomically(run.folder(runs) / "derivation.json", json.dumps(result, indent=1).encode())
     return result
 
 
@@ -210,7 +233,12 @@ class Judge:
     """
 
     def __init__(
-        self, run: Run, reference: Architecture, objective: Objective, target_ms: float
+        self,
+        run: Run,
+        reference: Architecture,
+        objective: Objective,
+        target_ms: float,
+        evaluator: AccelNasBenchConfig,
     ) -> None:
         self.meter = make_meter(load_device("host"))
         self.references_ms: list[float] = []
@@ -218,8 +246,8 @@ class Judge:
         self._reference = reference
         self._objective = objective
         self._target_ms = target_ms
-        self._mean = AccelNasBenchEvaluator(AccelNasBenchConfig("accel_nasbench"))
-        self._noisy = AccelNasBenchEvaluator(AccelNasBenchConfig("accel_nasbench", noise=True))
+        self._mean = AccelNasBenchEvaluator(replace(evaluator, noise=False))
+        self._noisy = AccelNasBenchEvaluator(replace(evaluator, noise=True))
 
     def mean(self, network: Architecture) -> float:
         """Return the surrogate's accuracy without noise, a fraction."""
@@ -374,9 +402,31 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _runs(text: str) -> list[Run]:
-    name, trials, seeds, *objective = text.split(":")
-    return [Run(name, int(trials), seed, *objective) for seed in range(int(seeds))]
+def positive(text: str) -> int:
+    """Return an argument that must be a whole number from 1 on."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number >= 1, but got {text!r}")
+    return int(text)
+
+
+def picture(text: str) -> Path:
+    """Return an argument that must name a picture; its folder is made."""
+    path = Path(text)
+    if path.suffix not in (".png", ".svg"):
+        raise argparse.ArgumentTypeError(f"must end in .png or .svg, but got {text!r}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def parsed_runs(text: str) -> list[Run]:
+    """Return the campaigns that NAME:TRIALS:SEEDS[:OBJECTIVE] stands for."""
+    name, *rest = text.split(":")
+    if not 2 <= len(rest) <= 3:
+        raise argparse.ArgumentTypeError(
+            f"must read NAME:TRIALS:SEEDS[:OBJECTIVE], but got {text!r}"
+        )
+    trials, seeds = map(positive, rest[:2])
+    return [Run(name, trials, seed, *rest[2:]) for seed in range(seeds)]
 
 
 def main() -> None:
@@ -385,30 +435,35 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--controllers", nargs="+", type=_runs, metavar="NAME:TRIALS:SEEDS[:OBJECTIVE]",
-        default=[_runs(text) for text in DEFAULT_RUNS],
+        "--controllers", nargs="+", type=parsed_runs, metavar="NAME:TRIALS:SEEDS[:OBJECTIVE]",
+        default=[parsed_runs(text) for text in DEFAULT_RUNS],
     )  # fmt: skip
     parser.add_argument("--runs", type=Path, default=Path("runs/derivation"))
-    parser.add_argument("--plot", type=Path, help="a .png or .svg file")
-    parser.add_argument("--only_finished", action="store_true", help="search nothing")
+    parser.add_argument("--plot", type=picture, help="a .png or .svg file")
+    parser.add_argument(
+        "--only_finished", action="store_true", help="neither search nor measure anything"
+    )
     arguments = parser.parse_args()
     target = load_yaml(find_config(CONFIG, "search"))["objective"]["target"]
     reference = find_architecture(target["reference"])
+    runs = list(itertools.chain.from_iterable(arguments.controllers))
     results = []
     try:
-        target_ms = 0.0
-        if not arguments.only_finished:
-            target_ms = measured_target(arguments.runs, reference)
-        for run in itertools.chain.from_iterable(arguments.controllers):
-            if not arguments.only_finished:
-                search(run, arguments.runs, target_ms)
-            elif not (run.folder(arguments.runs) / "derivation.json").exists():
-                continue
-            results.append(finish(run, arguments.runs, reference))
+        for run in runs:
+            # A wrong name is refused before the first campaign, not hours later.
+            load_campaign_config(CONFIG, run.settings(arguments.runs))
+        for run in runs:
+            result = known_result(run, arguments.runs)
+            if result is None and not arguments.only_finished:
+                search(run, arguments.runs, measured_target(arguments.runs, reference))
+                result = finish(run, arguments.runs, reference)
+            if result is not None:
+                results.append(result)
+        if not results:
+            raise ConfigError(f"{arguments.runs}: no campaign is finished there.")
     except MnasError as error:
-        sys.exit(str(error))
-    if not results:
-        sys.exit(f"{arguments.runs}: no campaign is finished there.")
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_status)
     met = show(results, reference)
     if arguments.plot is not None:
         draw(results, arguments.plot)
