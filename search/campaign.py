@@ -101,7 +101,7 @@ def create(folder: Path, config: CampaignConfig) -> Campaign:
         )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder}: must be a folder, but it is a file.")
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and not _is_free(folder):
         raise ConfigError(
             f"{folder}: must be empty or not exist yet, but it holds other files;"
             " choose another folder with --out."
@@ -118,6 +118,14 @@ def create(folder: Path, config: CampaignConfig) -> Campaign:
     store.set_meta("command", sys.argv)
     store.add_event("created", f"seed {config.seed}")
     return Campaign(folder, config, store, lock)
+
+
+def _is_free(folder: Path) -> bool:
+    """Whether a folder is empty, or holds no more than a campaign that was killed as it began."""
+    names = {path.name for path in folder.iterdir()}
+    begun = {"campaign.lock", "campaign.owner.json", "config.yaml"}
+    # Without our lock the config.yaml is somebody's own.
+    return not names or ("campaign.lock" in names and names <= begun)
 
 
 def open_to_write(folder: Path, overrides: Iterable[str] = ()) -> Campaign:

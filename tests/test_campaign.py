@@ -290,6 +290,20 @@ def test_a_folder_that_holds_a_campaign_or_anything_else_is_never_overwritten(
         start(config, tmp_path / "file")
 
 
+def test_a_campaign_that_was_killed_as_it_began_begins_again(tmp_path: Path) -> None:
+    config = load_campaign_config(str(write_synthetic(tmp_path, trials=8)))
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("mine: 1")
+    with pytest.raises(ConfigError, match="holds other files"):
+        start(config, folder)
+    assert (folder / "config.yaml").read_text() == "mine: 1"
+    # What is written before the database.
+    (folder / "campaign.lock").touch()
+    (folder / "campaign.owner.json").write_text("{}")
+    assert start(config, folder).trials == 8
+
+
 def test_a_second_writer_is_refused_and_told_who_holds_the_campaign(tmp_path: Path) -> None:
     folder = run_synthetic(tmp_path / "a", trials=8)
     with (
