@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, cast
 
@@ -23,8 +24,8 @@ from space.records import build, find_config, load_yaml, record
 
 __all__ = [
     "AscendConfig", "CommandConfig", "DeviceConfig", "LatencyMeter", "OnnxRuntimeConfig",
-    "Outcome", "PoolConfig", "SshConfig", "load_device", "make_meter", "measured_or_why",
-    "only_measurement", "resolve_members",
+    "Outcome", "PoolConfig", "SshConfig", "in_full", "load_device", "make_meter",
+    "measured_or_why", "only_measurement", "resolve_members",
 ]  # fmt: skip
 
 #: What may stand in a pool: devices that do not get into one another's way.
@@ -176,6 +177,16 @@ def resolve_members(values: dict[str, Any], folder: Path) -> dict[str, Any]:
         for member in members
     ]
     return {**values, "devices": found}
+
+
+def in_full(config: DeviceConfig) -> DeviceConfig:
+    """Return a device that never measures quickly: the same one, if it has no quick way."""
+    if isinstance(config, (OnnxRuntimeConfig, SshConfig, AscendConfig)):
+        return replace(config, effort="full")
+    if isinstance(config, PoolConfig):
+        members = tuple(cast(MemberConfig, in_full(member)) for member in config.devices)
+        return replace(config, devices=members)
+    return config
 
 
 def make_meter(config: DeviceConfig) -> LatencyMeter:

@@ -194,7 +194,7 @@ class RayConfig:
 
 @record
 class StopConfig:
-    """When the search ends: whichever comes first.
+    """When the search ends: whichever comes first, or when all that is proposed was seen before.
 
     Attributes:
         trials: Number of proposals (the paper's 8,000).

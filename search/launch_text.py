@@ -8,6 +8,7 @@ from latency.device import DeviceConfig, PoolConfig
 from search.check import num_workers
 from search.config import CampaignConfig, PluginConfig, RayConfig
 from search.parts import Parts
+from search.stop import REPEATING_BATCHES
 
 #: Fields of `stop`, beside `trials`, that end a search earlier -> what they count.
 _ENDS = {
@@ -95,12 +96,14 @@ def _waiting(config: CampaignConfig) -> str:
 def _trials(config: CampaignConfig) -> str:
     stop = config.stop
     ends = [
-        f"{getattr(stop, name):,g} {what}"
+        f"{getattr(stop, name):,g} {what}, "
         for name, what in _ENDS.items()
         if getattr(stop, name) is not None
     ]
-    sooner = f"; ends sooner at {' or '.join(ends)}" if ends else ""
-    return f"{stop.trials:,}, {config.mode}, in batches of {config.batch_size}{sooner}"
+    return (
+        f"{stop.trials:,}, {config.mode}, in batches of {config.batch_size}; ends sooner at"
+        f" {''.join(ends)}{REPEATING_BATCHES} batches of repeats"
+    )
 
 
 def _number(count: int, noun: str) -> str:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from controller.base import Controller
 from controller.registry import make_controller
-from latency.device import DeviceConfig, LatencyMeter, OnnxRuntimeConfig, SshConfig, make_meter
+from latency.device import DeviceConfig, LatencyMeter, in_full, make_meter
 from retrain.data import class_names
 from search.config import (
     CampaignConfig,
@@ -131,9 +130,9 @@ class Parts:
         meter = self.meters[device.name]
         if isinstance(meter, NodeMeter):
             return meter.in_full()
-        if isinstance(device, (OnnxRuntimeConfig, SshConfig)):
-            return device_meter(device, full=True)
-        return meter
+        if isinstance(device, PluginConfig) or in_full(device) == device:
+            return meter
+        return device_meter(device, full=True)
 
     def _metrics_of(self, tokens: tuple[int, ...]) -> Mapping[str, float]:
         cost = count(self.space.decode(tokens))
@@ -177,6 +176,4 @@ def device_meter(device: DeviceConfig | PluginConfig, *, full: bool = False) -> 
         cls = load_class(device.class_path, base=LatencyMeter, where="device")
         made: LatencyMeter = cls(device.options)
         return made
-    if full and isinstance(device, (OnnxRuntimeConfig, SshConfig)):
-        device = replace(device, effort="full")
-    return make_meter(device)
+    return make_meter(in_full(device) if full else device)

@@ -28,7 +28,7 @@ from search.executor import Executor, Finished, Job, Stopped, ended
 from search.ray_cluster import connect, gist
 from search.ray_worker import Worker
 from search.trial import Failure
-from space.errors import ConfigError
+from space.errors import ConfigError, MnasError
 
 if TYPE_CHECKING:
     from search.config import EvaluatorChoice, RayConfig
@@ -214,7 +214,7 @@ class RayExecutor(Executor):
         while sum(self._node_of(group) is not None for group in groups) < enough:
             if time.monotonic() > deadline:
                 self._ray.shutdown()
-                raise ConfigError(
+                raise MnasError(
                     f"executor.workers: Ray did not give {wanted} workers their CPUs within"
                     f" {PLACE_LIMIT_S:.0f} s; another job may hold them."
                 )
@@ -259,7 +259,7 @@ class RayExecutor(Executor):
             self._last_able = now
         elif now - self._last_able > NO_WORKER_LIMIT_S:
             why = f"; the last one died at its start: {self._start_failure}"
-            raise ConfigError(
+            raise MnasError(
                 f"executor: Ray's cluster has had no worker of {self._asked()} for"
                 f" {NO_WORKER_LIMIT_S:.0f} s{why if self._start_failure else ''}; resume the"
                 " campaign when its nodes are back."
@@ -359,7 +359,7 @@ class RayExecutor(Executor):
             raise reason from None
         failed = sum(slot.failed_starts for slot in self._slots)
         if failed >= MAX_FAILED_STARTS:
-            raise ConfigError(f"executor: {failed} workers in a row died at their start: {reason}")
+            raise MnasError(f"executor: {failed} workers in a row died at their start: {reason}")
 
     def _is_gone(self, node: str) -> bool:
         """Whether a node has left the cluster: a process's death is then no wonder."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from latency.device import CommandConfig, DeviceConfig, SshConfig, load_device, make_meter
+from latency.device import CommandConfig, DeviceConfig, SshConfig, in_full, load_device, make_meter
 from search.config import campaign_config, config_to_plain, load_campaign_config
 from space.errors import ConfigError
 from space.records import build, shipped_names, to_plain
@@ -28,6 +29,29 @@ def test_the_paper_s_conditions_are_the_defaults() -> None:
     assert (config.threads, config.batch, config.precision) == (1, 1, "float32")
     assert config.provider == "CPUExecutionProvider"
     assert config.shares_cores
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {**GOOD, "effort": "quick"},
+        {**GOOD, "kind": "ssh", "host": "a", "python": "python3", "effort": "quick"},
+        {**GOOD, "kind": "ascend", "effort": "quick"},
+        {
+            "name": "two",
+            "kind": "pool",
+            "devices": [
+                {"name": name, "kind": "ssh", "host": name, "effort": "quick"} for name in "ab"
+            ],
+        },
+    ],
+)
+def test_what_is_handed_over_is_never_measured_quickly(values: dict[str, object]) -> None:
+    config = build(DeviceConfig, values, where="test")
+    assert '"quick"' in json.dumps(to_plain(config))
+    full = in_full(config)
+    assert '"quick"' not in json.dumps(to_plain(full))
+    assert in_full(full) == full
 
 
 def test_a_device_loads_from_a_path(tmp_path: Path) -> None:

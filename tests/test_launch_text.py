@@ -24,7 +24,7 @@ def test_a_device_that_shares_cores_waits_for_idle_workers() -> None:
         "measuring waits for idle workers, because they share cores; a worker that is done waits"
         " for the rest of its batch"
     )
-    assert lines["trials"] == "24, sync, in batches of 4"
+    assert lines["trials"] == "24, sync, in batches of 4; ends sooner at 5 batches of repeats"
 
 
 def test_an_asynchronous_campaign_on_a_cluster_with_npus() -> None:
@@ -36,7 +36,8 @@ def test_an_asynchronous_campaign_on_a_cluster_with_npus() -> None:
         " gets the next network at once"
     )
     assert lines["trials"] == (
-        "8,000, async, in batches of 16; ends sooner at 1,000 networks trained or 2.5 hours"
+        "8,000, async, in batches of 16; ends sooner at 1,000 networks trained, 2.5 hours,"
+        " 5 batches of repeats"
     )
 
 
@@ -72,7 +73,7 @@ def test_search_prints_the_plan_before_its_first_trial(tmp_path: Path) -> None:
     assert "workers    1, this process\n" in launched
     assert "device     none: the evaluator gives the latency\n" in launched
     assert "waiting    one network is evaluated after another\n" in launched
-    assert "trials     8, sync, in batches of 8\n" in launched
+    assert "trials     8, sync, in batches of 8; ends sooner at 5 batches of repeats\n" in launched
 
 
 def test_the_stop_rules_that_are_told_are_fields_of_the_configuration() -> None:
