@@ -111,7 +111,7 @@ class OnnxRuntimeConfig:
         batch: Images per inference; the figure is the time of the whole batch.
         shares_cores: Whether trainings run on the same cores: then nothing is measured while they
             run.
-        effort: `quick` (a tenth of a second per network and more, to rank many) or `full`
+        effort: `quick` (half a second per network or so, to rank many) or `full`
             (a second and more).
         attempts: How often a noisy measurement is taken before the least noisy one is kept and
             flagged.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from campaigns import mnas_here
 
 ROOT = Path(__file__).parents[1]
 
@@ -81,6 +83,16 @@ def test_the_commands_and_the_python_lines_of_the_export_page_run(tmp_path: Path
         cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False,
     )  # fmt: skip
     assert done.stdout == "(3, 10)\n", done.stderr[-3000:]
+
+
+def test_the_commands_of_the_networks_page_run(tmp_path: Path) -> None:
+    (space,) = code_blocks("docs/networks.md", "yaml")
+    (tmp_path / "my_space.yaml").write_text(space)
+    lines = commands("docs/networks.md")
+    assert len(lines) == 5
+    for line in lines:
+        done = mnas_here(*shlex.split(line)[1:], cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
 
 
 def test_the_examples_of_own_parts_run_and_keep_the_contract(tmp_path: Path) -> None:

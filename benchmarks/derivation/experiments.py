@@ -60,7 +60,7 @@ VARIANTS: dict[str, dict[str, list[Any]]] = {
 }
 SPACE = "accel_nasbench"
 BUDGETS = (250, 1000, 8000)
-#: Controller -> the most trials it is given: guided's time grows with the square of them.
+#: Controller -> the most trials it is given; guided models its last 1,200 (`max_trials`) only.
 CONTROLLERS = {"random": 8000, "evolution": 8000, "ppo": 8000, "guided": 1000}
 #: How many of the best networks, and of random ones, are looked at.
 BEST, RANDOM_NETWORKS = 100, 1000
