@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -14,16 +15,20 @@ from derivation.laptop import (
     Run,
     by_accuracy,
     chosen,
+    is_diverse,
     known_result,
     main,
     measured_target,
     near_target,
+    random_diversity,
 )
 
 from latency.device import load_device, make_meter
+from search.accel_nasbench import FOLDER_VARIABLE
 from search.campaign import open_to_read
 from search.config import load_campaign_config
 from search.engine import start
+from space.architecture import Architecture
 from space.cost import count
 from space.errors import ConfigError
 from space.mnasnet import find_architecture, published
@@ -134,3 +139,36 @@ def test_the_target_comes_before_the_accuracy(
         for ratio, accuracy, reward in rows
     ]
     assert chosen(judged) is judged[found]
+
+
+def test_diverse_are_networks_that_differ_in_kernel_and_in_expansion_or_se() -> None:
+    def network(*blocks: str) -> Architecture:
+        return find_architecture(f"stem8 | {' | '.join(blocks)} | head16 | r32 | c10")
+
+    first = "r1_k3_s11_e3_i8_o8"
+    assert is_diverse(network(first, "r1_k5_s11_e6_i8_o8"))
+    assert is_diverse(network(first, "r1_k5_s11_e3_i8_o8_se0.25"))
+    assert not is_diverse(network(first, "r1_k5_s11_e3_i8_o8"))
+    assert not is_diverse(network(first, "r1_k3_s11_e6_i8_o8_se0.25"))
+    assert not is_diverse(network(first, first))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get(FOLDER_VARIABLE), reason=f"{FOLDER_VARIABLE} is not set")
+def test_found_networks_are_diverse_and_so_are_random_ones(tmp_path: Path) -> None:
+    found = []
+    for seed in range(5):
+        settings = [f"seed={seed}", "stop.trials=100", "controller.name=guided"]
+        outcome = start(load_campaign_config("accel_nasbench", settings), tmp_path / str(seed))
+        assert outcome.best is not None
+        found.append(find_architecture(outcome.best.architecture))
+    assert sum(map(is_diverse, found)) >= 4
+    # Which says nothing about the search: the space is made of such networks.
+    everywhere, at_target = random_diversity(projection())
+    assert min(everywhere, at_target) > 950
+
+
+def projection() -> Architecture:
+    target = load_campaign_config("mnasnet_a1_laptop").objective.target
+    assert target is not None
+    return find_architecture(target.reference)

@@ -449,9 +449,10 @@ def main() -> None:
     runs = list(itertools.chain.from_iterable(arguments.controllers))
     results = []
     try:
-        for run in runs:
-            # A wrong name is refused before the first campaign, not hours later.
-            load_campaign_config(CONFIG, run.settings(arguments.runs))
+        # A wrong name, or no data, is refused before anything is measured, not hours later.
+        configs = [load_campaign_config(CONFIG, run.settings(arguments.runs)) for run in runs]
+        if not arguments.only_finished:
+            AccelNasBenchEvaluator(configs[0].evaluator)
         for run in runs:
             result = known_result(run, arguments.runs)
             if result is None and not arguments.only_finished:
