@@ -15,18 +15,23 @@ The target is the latency of A1's projection: the median of nine measurements at
 taken once, before the first campaign.
 
 Then 15 networks of each campaign are judged anew, as a campaign's finalists are: measured at full
-precision, in turn with A1's projection, those near it three times; and "trained" with three new
-seeds (the surrogate's noise is drawn anew), since the highest of many noisy accuracies is a lucky
-one. The 15 are the most accurate ones, those first that the controller's own models recommend, of
-the networks that took about the target in the search; five come first and show by how much a full
-measurement now differs from the search's, and the rest are taken where that puts the target. The
-most accurate of those within 2 % of the projection's latency is the campaign's network, or the one
-with the best reward where none is. It is measured again, five times in turn with the projection:
-that is the latency in the table, and the accuracy there is the surrogate's mean. Neither the
-search nor the choice saw these two. With another objective than `absolute`, as a fourth word, the
-15 are those with the highest rewards, wherever they lie, and the best of them is the campaign's:
-`soft` and `hard` land on no target. The medians of ppo's and guided's campaigns are held against
-the bars that are printed; the exit status is 1 where one was missed, 2 for bad input.
+precision, in turn with A1's projection; and "trained" with three new seeds (the surrogate's noise
+is drawn anew), since the highest of many noisy accuracies is a lucky one.
+
+1. Which take about the target? One quick measurement is a noisy one, so a latency table is fitted
+   to all of the campaign's and asked. The 15 are the most accurate ones there, those first that
+   the controller's own models recommend. Five of them come first and show by how much the table is
+   off; the rest are taken where that puts the target.
+2. In order of their new accuracies, those near the target are measured up to five times. The first
+   one whose median is within 2 % of the projection's latency is the campaign's network; where none
+   is, the one with the best reward.
+3. It is measured again, nine times in turn with the projection: that is the latency in the table,
+   and the accuracy there is the surrogate's mean. Neither the search nor the choice saw these two.
+
+With another objective than `absolute`, as a fourth word, the 15 are those with the highest
+rewards, wherever they lie, and the best of them is the campaign's: `soft` and `hard` land on no
+target. The medians of ppo's and guided's campaigns are held against the bars that are printed; the
+exit status is 1 where one was missed, 2 for bad input.
 """
 
 from __future__ import annotations
@@ -39,6 +44,7 @@ import os
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,6 +52,7 @@ from typing import Any
 import numpy as np
 
 from latency.device import load_device, make_meter
+from latency.lookup_table import LatencyPredictor, fit_table
 from latency.measurement import Measurement
 from retrain.launch import die_with_parent
 from search.accel_nasbench import AccelNasBenchConfig, AccelNasBenchEvaluator
@@ -65,17 +72,17 @@ from space.search_space import load_space
 
 CONFIG = "mnasnet_a1_laptop"
 #: Of these rules; a result of others is made anew.
-PROTOCOL = 2
+PROTOCOL = 3
 #: How many networks are judged, and how many of them before the rest are chosen.
 FINALISTS, FIRST = 15, 5
-#: How near the target those have been in the search, as a fraction of it; more, if there are few.
+#: How near the target they are by the table, as a fraction of it; more, if there are few.
 WINDOW = 0.04
 #: How often the chosen network is measured again, in turn with the projection.
-FRESH_ROUNDS = 5
+FRESH_ROUNDS = 9
 #: How many new seeds a finalist is "trained" with.
 NEW_SEEDS = 3
 #: How often the projection is measured for the target, and a finalist beside it that is so near.
-TARGET_ROUNDS, NEAR, NEAR_ROUNDS = 9, 0.06, 3
+TARGET_ROUNDS, NEAR, NEAR_ROUNDS = 9, 0.06, 5
 #: The objective whose campaigns land on the target and are held against the bars.
 LANDS = "absolute"
 #: Bars: how far the median campaign's network may be from the target, and its least gain.
@@ -169,20 +176,21 @@ def finish(run: Run, runs: Path, reference: Architecture) -> dict[str, Any]:
     store.close()
     if not ranked:
         raise MnasError(f"{run.folder(runs)}: no network has a reward.")
+    predicted = table_ratios(ranked, reference) if run.objective == LANDS else {}
     assert isinstance(config.evaluator, AccelNasBenchConfig)
     judge = Judge(
         run, reference, Objective(config.objective, target_ms), target_ms, config.evaluator
     )
-    first = near_target(ranked, target_ms, FIRST) if run.objective == LANDS else ranked
-    rows = [judge.row(trial) for trial in first]
-    # By how much a full measurement now differs from the search's quick ones: clocks alone.
-    shift = statistics.median(row["ratio"] * target_ms / row["searched_ms"] for row in rows)
     if run.objective == LANDS:
+        rows = [judge.row(trial) for trial in near_target(ranked, predicted, 1.0, FIRST)]
         judged = {row["trial"] for row in rows}
         rest = [trial for trial in ranked if trial.id not in judged]
-        rows += map(judge.row, near_target(rest, target_ms / shift, FINALISTS - len(rows)))
-        found = dict(chosen(rows))
+        # By how much the table is off, of the projection beside these: clocks alone.
+        shift = statistics.median(row["ratio"] / predicted[row["trial"]] for row in rows)
+        rows += map(judge.row, near_target(rest, predicted, 1 / shift, FINALISTS - len(rows)))
+        found = dict(chosen(rows, judge.measure_again))
     else:
+        rows, shift = [judge.row(trial) for trial in ranked], None
         found = dict(max(rows, key=lambda row: row["reward"]))
     network = find_architecture(found["architecture"])
     found["fresh_ratios"] = [judge.pair(network)[0] for _ in range(FRESH_ROUNDS)]
@@ -214,11 +222,27 @@ def by_accuracy(store: Store) -> list[Trial]:
     return list(chosen.values())
 
 
-def near_target(ranked: list[Trial], target_ms: float, count: int) -> list[Trial]:
-    """Return the first `count` whose latency in the search was near; fewer, if there are fewer."""
+def table_ratios(trials: list[Trial], reference: Architecture) -> dict[int, float]:
+    """Return trial -> its latency as a multiple of the reference's, by a table fitted to all.
+
+    What disturbed single measurements is not in it, nor what slowed the whole campaign.
+    """
+    networks = [find_architecture(trial.architecture) for trial in trials]
+    times_ms = np.asarray([trial.latency_ms for trial in trials], dtype=np.float64)
+    space = load_space("accel_nasbench").config
+    predictor = LatencyPredictor(fit_table(space, {"name": CONFIG}, networks, times_ms))
+    (reference_ms,) = predictor.predict([reference])
+    ratios = predictor.predict(networks) / reference_ms
+    return {trial.id: float(ratio) for trial, ratio in zip(trials, ratios, strict=True)}
+
+
+def near_target(
+    ranked: list[Trial], ratios: dict[int, float], target: float, count: int
+) -> list[Trial]:
+    """Return the first `count` whose ratio is near `target`; fewer, if there are fewer."""
     window = WINDOW
     while True:
-        near = [t for t in ranked if abs((t.latency_ms or 0.0) / target_ms - 1) <= window]
+        near = [trial for trial in ranked if abs(ratios[trial.id] / target - 1) <= window]
         if len(near) >= min(count, len(ranked)):
             return near[:count]
         window *= 1.5
@@ -265,11 +289,6 @@ class Judge:
     def row(self, trial: Trial) -> dict[str, Any]:
         """Return everything about one network."""
         network = find_architecture(trial.architecture)
-        ratios: list[float] = []
-        while not ratios or (abs(ratios[0] - 1) <= NEAR and len(ratios) < NEAR_ROUNDS):
-            ratio, taken = self.pair(network)
-            ratios.append(ratio)
-        ratio = statistics.median(ratios)
         # The noise depends on the seed alone: each finalist of each campaign needs its own.
         entropy = (*self._run.group[0].encode(), self._run.trials, self._run.seed, trial.id)
         seeds = np.random.SeedSequence(entropy).generate_state(NEW_SEEDS)
@@ -277,20 +296,32 @@ class Judge:
             self._noisy.evaluate(network, seed=int(seed), time_limit_s=60).accuracy
             for seed in seeds
         )
-        reward, _ = self._objective.reward(accuracy, {"latency_ms": ratio * self._target_ms})
-        return {
+        row = {
             "trial": trial.id, "architecture": network.text, "searched_accuracy": trial.accuracy,
             "observed_accuracy": accuracy, "accuracy": self.mean(network),
-            "searched_ms": trial.latency_ms, "latency_ms": taken.median_ms, "ratio": ratio,
-            "ratios": ratios, "verdict": taken.verdict, "reward": reward,
+            "searched_ms": trial.latency_ms, "ratios": [],
         }  # fmt: skip
+        self.measure_again(row)
+        return row
+
+    def measure_again(self, row: dict[str, Any]) -> None:
+        """Measure a row's network once more; `ratio` is the median of its `ratios`."""
+        ratio, taken = self.pair(find_architecture(row["architecture"]))
+        row["ratios"].append(ratio)
+        row["ratio"], row["verdict"] = statistics.median(row["ratios"]), taken.verdict
+        latency = {"latency_ms": row["ratio"] * self._target_ms}
+        row["reward"], _ = self._objective.reward(row["observed_accuracy"], latency)
 
 
-def chosen(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def chosen(
+    rows: list[dict[str, Any]], measure_again: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
     """Return the finalist to hand over; the target comes first, as who gives one wants it met."""
-    landed = [row for row in rows if abs(row["ratio"] - 1) <= LANDING]
-    if landed:
-        return max(landed, key=lambda row: row["observed_accuracy"])
+    for row in sorted(rows, key=lambda row: -row["observed_accuracy"]):
+        while abs(row["ratio"] - 1) <= NEAR and len(row["ratios"]) < NEAR_ROUNDS:
+            measure_again(row)
+        if abs(row["ratio"] - 1) <= LANDING:
+            return row
     return max(rows, key=lambda row: row["reward"])
 
 
