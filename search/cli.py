@@ -179,7 +179,9 @@ def _run(
                 outcome = run(campaign, parts, watcher)
         except KeyboardInterrupt:
             console.print(
-                f"\nStopped. Nothing is lost; go on with: mnas resume {folder}", soft_wrap=True
+                f"\nStopped. Nothing is lost; go on with: mnas resume {folder}",
+                markup=False,
+                soft_wrap=True,
             )
             raise typer.Exit(130) from None
     _print_outcome(console, outcome, as_json=as_json)

@@ -140,25 +140,28 @@ class HandOver:
     def run(self) -> dict[str, Any] | None:
         """Retrain, choose, test and export; return what is known of the winner.
 
+        It is chosen among all that were ever trained in full, not only those of this call.
+
         Returns:
             None if no network has a reward or every training failed.
         """
-        finalists = [self._retrain(trial) for trial in candidates(self._store, self._top)]
-        ranked = best_networks(finalists, 1)
+        for trial in candidates(self._store, self._top):
+            self._retrain(trial)
+        ranked = best_networks(self._store.trials(role="finalist"), 1)
         if not ranked:
             return None
         winner = self._winner(ranked[0])
         self._store.set_meta("winner", winner)
         return winner
 
-    def _retrain(self, trial: Trial) -> Trial:
-        """The finalist of a trial: as recorded, or trained now."""
+    def _retrain(self, trial: Trial) -> None:
+        """See to it that a trial's network is trained in full, or that its failure is recorded."""
         # Ids count down: of several the last one made comes first.
         rows = reversed(self._store.trials(role="finalist"))
         known = {t.architecture_hash: t for t in rows}.get(trial.architecture_hash)
         if known is not None and known.outcome is not None:
             if not is_infrastructure(known):
-                return known
+                return
             known = None  # the machine's fault: it is trained again
         finalist = known or self._new_finalist(trial)
         started = time.monotonic()
@@ -183,7 +186,6 @@ class HandOver:
         )
         self._store.finish_trial(done)
         tell_end(done)
-        return done
 
     def _new_finalist(self, trial: Trial) -> Trial:
         finalist = replace(

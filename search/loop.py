@@ -40,6 +40,9 @@ logger = logging.getLogger(__name__)
 #: The campaign's random streams, by the first key under its seed: the controller's is 0.
 TRAINING, BASELINE, FULL_TRAINING = 1, 2, 3
 
+#: While trials end, the time that was spent is recorded so often, seconds.
+NOTE_TIME_S = 30.0
+
 #: Metrics of a training where a network's accuracy is the mean of several: its own, and how many.
 MEAN_METRICS = OWN_ACCURACY, TRAININGS = "own_accuracy", "trainings"
 
@@ -72,8 +75,9 @@ def trial_seed(campaign_seed: int, trial_id: int, purpose: int = TRAINING) -> in
 
 
 def stream(campaign_seed: int, purpose: int, trial_id: int) -> np.random.SeedSequence:
-    """Return the randomness of a trial for one purpose."""
-    return np.random.SeedSequence(campaign_seed, spawn_key=(purpose, trial_id))
+    """Return the randomness of a trial for one purpose; ids below 0 are not the search's own."""
+    key = (purpose, trial_id) if trial_id >= 0 else (purpose, -trial_id, 1)
+    return np.random.SeedSequence(campaign_seed, spawn_key=key)
 
 
 def is_baseline(trial_id: int, share: float) -> bool:
@@ -104,6 +108,7 @@ class Search:
             self._early_stop = EarlyStop(
                 self.config.early_stop, self.objective, parts.epochs, self.store.learned_trials()
             )
+        self._time_noted = time.monotonic()
         self._batch: dict[int, Trial] = {}
         self._networks: dict[int, Architecture] = {}
         self._next_id, self._next_batch = self.store.next_ids()
@@ -152,6 +157,8 @@ class Search:
             self._new_trial(i, None if is_baseline(i, share) else next(proposals)) for i in ids
         ]
         self.store.begin_batch(trials, state_to_bytes(controller.state_dict()))
+        if self.store.meta("stop_reason") is not None:
+            self.store.set_meta("stop_reason", None)  # it goes on
         self._next_id += count
         self._next_batch += 1
         self._tally.begin(count)
@@ -261,11 +268,12 @@ class Search:
         """The trial with its multiply-adds and parameters; rejected if they are too many."""
         cost = count(self._network(trial))
         sizes = {"macs": float(cost.macs), "parameters": float(cost.parameters)}
-        return self._checked(replace(trial, metrics={**(trial.metrics or {}), **sizes}))
+        # By its sizes alone: what an earlier campaign's device said of it does not count here.
+        return self._checked(replace(trial, metrics={**(trial.metrics or {}), **sizes}), sizes)
 
-    def _checked(self, trial: Trial) -> Trial:
-        """The trial; rejected, if what is known of it rules it out."""
-        reason = self.objective.rejects(trial.metrics or {})
+    def _checked(self, trial: Trial, metrics: Mapping[str, float]) -> Trial:
+        """The trial; rejected, if these metrics rule it out."""
+        reason = self.objective.rejects(metrics)
         if reason is None:
             return trial
         failure = Failure(f"rejected before training: {reason}", "architecture")
@@ -290,9 +298,9 @@ class Search:
                 " device.own_process=true."
             )
         ids, timings = figures.measurement_ids, {"measure_s": figures.seconds}
-        return self._checked(
-            replace(trial, metrics=metrics, measurement_ids=ids, timings=timings if ids else None)
-        )
+        timed = timings if ids else None
+        trial = replace(trial, metrics=metrics, measurement_ids=ids, timings=timed)
+        return self._checked(trial, metrics)
 
     def _train(self, trials: Sequence[Trial], executor: Executor) -> None:
         if not trials:
@@ -407,6 +415,8 @@ class Search:
         tell_end(trial)
         if trial.failure is not None:
             self.parts.evaluator.forget(self._network(trial), seed=trial.seed)
+        if time.monotonic() - self._time_noted > NOTE_TIME_S:
+            self._note_time()  # a kill forgets no more of `stop.hours` than that, and a trial
         self.watcher.trial(trial)
 
     def _update(self, controller: Controller, trials: Sequence[Trial]) -> None:
@@ -513,6 +523,7 @@ class Search:
         self.store.set_meta("stop_reason", reason)
 
     def _note_time(self) -> None:
+        self._time_noted = time.monotonic()
         self.store.set_meta("spent_s", self._tally.spent_s())
 
 

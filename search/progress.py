@@ -82,7 +82,7 @@ class Progress:
         ):
             self._best = trial
         if self._live is None:
-            self._console.print(self._plain(trial), highlight=False, soft_wrap=True)
+            self._console.print(self._plain(trial), highlight=False, markup=False, soft_wrap=True)
 
     def update(self, batch: int, diagnostics: Mapping[str, float]) -> None:
         """The controller has learned from a batch."""
@@ -117,7 +117,7 @@ class Progress:
         elif trial.failure is not None:
             parts.append(trial.failure.reason)
         parts.append(self._left())
-        return ", ".join(parts).replace("[", "\\[", 1)
+        return ", ".join(parts)
 
     def _display(self) -> Group:
         bar = ProgressBar(total=max(1, self._total), completed=self._done, width=40)

@@ -109,11 +109,10 @@ def _headline(facts: Facts) -> str:
 
 
 def _state(facts: Facts) -> str:
-    store, stop = facts.store, facts.config.stop
+    store = facts.store
     reason, pending = store.meta("stop_reason"), facts.scan.outcomes["pending"]
     host = running_on(store.path.parent)
-    proposed = facts.scan.outcomes.total()
-    if reason and not pending and (proposed >= stop.trials or not host or facts.winner):
+    if reason and not pending:
         return f"finished: {reason}"
     return running_text(host) if host else "stopped before its end; `mnas resume` goes on"
 

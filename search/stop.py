@@ -124,7 +124,7 @@ class Tally:
         if len(self._recent) < REPEATING_BATCHES:
             return None
         repeated, of = (sum(numbers) for numbers in zip(*self._recent, strict=True))
-        if repeated < REPEATING_SHARE * of:
+        if not of or repeated < REPEATING_SHARE * of:
             return None
         return (
             f"{repeated} of the last {of} trials only repeated earlier networks: the"
@@ -133,5 +133,9 @@ class Tally:
 
 
 def repeats(trials: Sequence[Trial]) -> tuple[int, int]:
-    """Return how many trials took an earlier network's result, and how many there are."""
-    return sum(trial.reused_from is not None for trial in trials), len(trials)
+    """Return how many trials took an earlier network's result, and how many there are.
+
+    Without the machine's failures, which the controller does not learn from.
+    """
+    told = [t for t in trials if t.failure is None or t.failure.cause != "infrastructure"]
+    return sum(trial.reused_from is not None for trial in told), len(told)

@@ -13,6 +13,7 @@ the file read-only and keep their transactions short.
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -123,7 +124,9 @@ _OWN_FAULT = "coalesce(json_extract(failure, '$.cause'), '') <> 'infrastructure'
 _SUPERSEDED = "superseded"
 #: The key of meta with the figures of full trainings, by the finalist's id.
 FULL_TRAININGS = "full_trainings"
-_NETWORK_FILE_SYSTEMS = frozenset({"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs"})
+_NETWORK_FILE_SYSTEMS = frozenset(
+    {"nfs", "nfs4", "cifs", "smb3", "smbfs", "lustre", "gpfs", "ceph", "beegfs", "afs", "9p"}
+)
 
 #: Rows that one short read takes, and ids that one statement names.
 _PAGE, _IDS = 20_000, 500
@@ -158,6 +161,10 @@ class Store:
         if read_only and not path.is_file():
             raise ConfigError(f"{path}: no such file; {path.parent} holds no campaign.")
         mode = "ro" if read_only else "rwc"
+        if read_only and not os.access(path.parent, os.W_OK) and not _has_log(path):
+            # To read a file with a write-ahead log, SQLite makes files beside it; here it cannot,
+            # and nobody writes: the log is gone once the last writer has ended.
+            mode = "ro&immutable=1"
         self._db = sqlite3.connect(
             f"{path.absolute().as_uri()}?mode={mode}",
             uri=True,
@@ -630,7 +637,13 @@ def _measurement(payload: str) -> Measurement:
 def _on_network_file_system(path: Path) -> bool:
     """Whether SQLite's write-ahead log, which needs shared memory, must be avoided."""
     mounts = {part.mountpoint: part.fstype for part in psutil.disk_partitions(all=True)}
-    for folder in (path.absolute(), *path.absolute().parents):
+    resolved = path.resolve()
+    for folder in (resolved, *resolved.parents):
         if str(folder) in mounts:
-            return mounts[str(folder)] in _NETWORK_FILE_SYSTEMS
+            kind = mounts[str(folder)]
+            return kind in _NETWORK_FILE_SYSTEMS or kind.startswith("fuse.")
     return False
+
+
+def _has_log(path: Path) -> bool:
+    return path.with_name(f"{path.name}-wal").exists()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.markup import escape
 from rich.table import Table
 
 from search.campaign import running_on, running_text
@@ -68,7 +69,7 @@ def campaign_summary(folder: Path, store: Store, config: CampaignConfig) -> dict
     updates = store.updates(last=1)
     reason = store.meta("stop_reason")
     proposed = sum(counts.values())
-    finished = reason is not None and proposed >= config.stop.trials
+    finished = reason is not None and not counts.get("pending", 0)
     host = running_on(folder)
     state = "running" if host else "finished" if finished else "stopped"
     outcomes = ("completed", "reused", "stopped", "rejected", "failed", "pending")
@@ -144,7 +145,8 @@ def plain_table(
     title: str, figures: Sequence[str], labels: Sequence[str] = (), texts: Sequence[str] = ()
 ) -> Table:
     """Return an empty table: labels, figures to the right, texts; figures are never cut."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
+    # A folder's name may hold what rich takes for markup.
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD)
     for name in labels:
         table.add_column(name, no_wrap=True)
     for name in figures:

@@ -15,6 +15,12 @@ from space.errors import ConfigError
 from space.files import write_atomically
 
 SUFFIXES = (".csv", ".parquet")
+COLUMNS = (
+    "trial", "role", "outcome", "reward", "accuracy", "latency_ms", "parameters", "macs", "epochs",
+    "seed", "reused_from", "finalist_of", "failure", "architecture", "architecture_hash", "tokens",
+    "parts", "metrics", "measure_s", "train_s", "wait_s", "batch", "attempt", "created_at",
+    "finished_at", "environment",
+)  # fmt: skip
 
 
 def export_trials(store: Store, path: Path) -> int:
@@ -50,7 +56,7 @@ def _row(trial: Any) -> dict[str, Any]:
 
 def _csv(rows: list[dict[str, Any]]) -> bytes:
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue().encode()
@@ -65,5 +71,7 @@ def _parquet(rows: list[dict[str, Any]]) -> bytes:
             "Parquet takes the package pyarrow; call `pip install mnas[parquet]`, or write .csv."
         ) from None
     buffer = io.BytesIO()
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), buffer)
+    empty = pyarrow.table({name: pyarrow.nulls(0) for name in COLUMNS})
+    table = pyarrow.Table.from_pylist(rows) if rows else empty
+    pyarrow.parquet.write_table(table, buffer)
     return buffer.getvalue()

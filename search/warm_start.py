@@ -23,6 +23,8 @@ from space.errors import ConfigError, MeasurementError
 from space.records import to_plain
 from space.search_space import SearchSpace
 
+#: Metrics that a device gives, `latency_ms:DEVICE` among them.
+MEASURED = frozenset({"latency_ms", "model_mb", "peak_memory_mb"})
 #: Keys of an evaluator that change latencies, but no accuracy.
 NO_ACCURACY = frozenset(
     f"evaluator.{key}" for key in ("device", "other_devices", "seconds", "slowest_seconds")
@@ -84,7 +86,9 @@ def _networks(
     _check_comparable(config, new)
     trials = [*reversed(earlier.trials(role="warm_start")), *earlier.trials()]
     trials = [trial for trial in trials if trial.outcome == "completed"]
-    known = list(_members(trials, space))
+    # Of several trainings the last one has their mean.
+    members = _members(trials, space, measured=bool(new.devices))
+    known = list({trial.architecture_hash: trial for trial in members}.values())
     if not known:
         raise ConfigError(
             f"warm_start: the space has none of the {len(trials)} networks that"
@@ -104,9 +108,15 @@ def _check_comparable(config: WarmStartConfig, new: CampaignConfig) -> None:
             )
 
 
-def _members(trials: list[Trial], space: SearchSpace) -> Iterator[Trial]:
-    """The trials whose networks the space has, with its tokens and without their result."""
+def _members(trials: list[Trial], space: SearchSpace, *, measured: bool) -> Iterator[Trial]:
+    """The trials whose networks the space has, with its tokens and without their result.
+
+    Where they are to be `measured`, without what the earlier campaign's devices said, too.
+    """
     for trial in trials:
+        metrics = trial.metrics or {}
+        if measured:
+            metrics = {k: v for k, v in metrics.items() if k.partition(":")[0] not in MEASURED}
         network = trial.network()
         try:
             tokens = space.encode(network)
@@ -124,6 +134,6 @@ def _members(trials: list[Trial], space: SearchSpace) -> Iterator[Trial]:
             seed=trial.seed,
             epochs=trial.epochs,
             accuracy=trial.accuracy,
-            metrics=trial.metrics,
+            metrics=metrics,
             created_at=time.time(),
         )

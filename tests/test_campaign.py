@@ -5,24 +5,30 @@ from __future__ import annotations
 import json
 import os
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from campaigns import TESTS, comparable, controller_states, mnas, rows, write_synthetic
+from rich.console import Console
 
-from search.campaign import open_to_write, read_config
+from search.campaign import open_to_read, open_to_write, read_config
 from search.config import (
     CampaignConfig,
     campaign_config,
     config_to_plain,
     load_campaign_config,
 )
-from search.engine import resume, start
+from search.engine import Silent, resume, start
 from search.history import read_history
 from search.parts import campaign_space
+from search.progress import Progress
 from search.report_data import read_facts
 from search.stop import Tally
 from search.store import Store
+from search.tables import campaign_summary
+from search.trial import Failure, Trial
 from space.architecture import parse_architecture
 from space.cost import count
 from space.errors import ConfigError, MeasurementError
@@ -481,3 +487,34 @@ def test_workers_of_a_full_training_must_fit_its_batch(
     with pytest.raises(ConfigError) as caught:
         load_campaign_config(str(path), settings)
     assert sentence in str(caught.value)
+
+
+@pytest.mark.parametrize("reason", ["no images in [/data/train]", "[conv2d] [/b] failed"])
+def test_a_failures_words_are_printed_as_they_are(
+    tmp_path: Path, reason: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_synthetic(tmp_path / "a", trials=8)
+    trial = Store(folder / "campaign.db", read_only=True).trials()[0]
+    failed = replace(trial, reward=None, outcome="failed", failure=Failure(reason, "architecture"))
+    with Progress(Console(), 8, 0, None) as progress:
+        progress.trial(failed)
+    assert f"[1/8] trial 0: failed, {reason}, " in capsys.readouterr().out
+
+
+def test_an_extended_campaign_is_not_finished_until_it_is(tmp_path: Path) -> None:
+    folder, said = tmp_path / "run", []
+
+    def summary() -> dict[str, Any]:
+        with closing(open_to_read(folder)) as store:
+            return campaign_summary(folder, store, read_config(folder))
+
+    class Looking(Silent):
+        def trial(self, trial: Trial) -> None:
+            said.append(summary()["stop_reason"])
+
+    config = load_campaign_config(str(write_synthetic(tmp_path, trials=64)), ["stop.trained=8"])
+    assert start(config, folder).trials < 64
+    assert summary()["state"] == "finished"
+    resume(folder, ["stop.trained=16"], Looking())
+    assert set(said) == {None}
+    assert summary()["stop_reason"].endswith("networks are trained")

@@ -6,22 +6,25 @@ import contextlib
 import pickle
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from campaigns import write_synthetic
 from image_folders import make_image_folder
 
-from search.campaign import open_to_write, read_config
+from search.campaign import create, open_to_write, read_config
 from search.cli_parts import retrain
 from search.config import load_campaign_config
 from search.engine import Silent, resume, start
-from search.finalists import hand_over
+from search.finalists import HandOver, candidates, hand_over
+from search.loop import Search
 from search.parts import Parts
 from search.retrain_command import run_retrain
 from search.store import Store
-from search.trial import Failure
+from search.trial import Failure, Trial
 from space.errors import ConfigError, Diverged, MnasError, TrialFailed
 
 # The retrain room's command line as far as a training that fails: it is counted, speaks and ends.
@@ -197,3 +200,24 @@ def test_a_divergence_comes_whole_from_another_process() -> None:
     error = pickle.loads(pickle.dumps(Diverged("the loss was nan at step 3")))
     assert type(error) is Diverged
     assert (error.reason, error.cause) == ("diverged: the loss was nan at step 3", "architecture")
+
+
+def test_the_winner_is_the_best_of_all_that_were_trained_in_full(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def winner(self: HandOver, finalist: Trial) -> dict[str, Any]:
+        return {"trial": finalist.finalist_of}
+
+    monkeypatch.setattr(HandOver, "_winner", winner)
+    path = write_synthetic(tmp_path, trials=8, fail_share=0.0)
+    config = load_campaign_config(str(path), ["retrain={top: 1, recipe: digits}"])
+    with create(tmp_path / "run", config) as campaign:
+        parts, store = Parts(config), campaign.store
+        Search(campaign, parts, Silent()).run()
+        first, second = candidates(store, 2)
+        # As an earlier `mnas retrain --campaign DIR --top 2` left them: the second one is better.
+        for trial, reward in ((first, 0.5), (second, 0.6)):
+            row = replace(trial, id=store.next_other_id(), role="finalist", finalist_of=trial.id)
+            store.add_trials([replace(row, outcome=None)])
+            store.finish_trial(replace(row, reward=reward))
+        assert hand_over(campaign, parts, Silent()) == {"trial": second.id}

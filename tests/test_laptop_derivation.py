@@ -147,7 +147,7 @@ def test_a_result_of_other_rules_is_made_anew(tmp_path: Path) -> None:
     [
         # Of those within 2 % the most accurate, however well the others do; the less accurate
         # ones, and those far away, are measured no more.
-        ([(1.01, 0.66, 0.6), (0.99, 0.6, 0.6), (1.03, 0.7, 0.7), (1.2, 0.8, 0.9)], 0, [4, 0, 4, 0]),
+        ([(1.01, 0.66, 0.6), (0.99, 0.6, 0.6), (1.03, 0.7, 1), (1.2, 0.8, 1)], 0, [4, 0, 4, 0]),
         # None is: the best reward.
         ([(1.05, 0.66, 0.61), (1.03, 0.65, 0.62)], 1, [4, 4]),
     ],

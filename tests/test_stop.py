@@ -82,3 +82,20 @@ def test_trials_count_from_the_best_on(store: Store) -> None:
     end(store, tally, 5, None)
     said = "no network of the last 3 trials was better than trial 2's"
     assert tally.reason() == Tally(stop, store).reason() == said
+
+
+def test_batches_that_the_machine_lost_are_no_repetition(store: Store) -> None:
+    tally = Tally(StopConfig(trials=1000), store)
+    lost = Failure("the worker died", "infrastructure")
+    for batch in range(6):
+        trial = make_trial(batch)
+        store.begin_batch([trial], b"")
+        tally.begin(1)
+        done = replace(trial, outcome="failed", failure=lost, finished_at=1.0)
+        store.finish_trial(done)
+        tally.note(done)
+        store.commit_update(batch, [], {})
+        tally.note_batch([done])
+    assert tally.reason() is None
+    # A resumed search counts as the one that went on.
+    assert Tally(StopConfig(trials=1000), store).reason() is None

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
 from latency.measurement import Measurement
@@ -128,3 +131,29 @@ def test_meta_holds_json_and_the_last_value_counts(store: Store) -> None:
     store.set_meta("winner", {"trial": 1})
     store.set_meta("winner", {"trial": 2})
     assert store.meta("winner") == {"trial": 2}
+
+
+def test_a_folder_that_cannot_be_written_can_be_read(
+    tmp_path: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.begin_batch([make_trial(0)], b"state")
+    store.close()
+    before = sorted(path.name for path in tmp_path.iterdir())
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    reader = Store(tmp_path / "campaign.db", read_only=True)
+    assert [trial.id for trial in reader.trials()] == [0]
+    # SQLite would have made its log's files, or failed.
+    assert sorted(path.name for path in tmp_path.iterdir()) == before == ["campaign.db"]
+    reader.close()
+
+
+def test_a_network_file_system_is_known_behind_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mount").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "mount")
+    mounts = [SimpleNamespace(mountpoint=str(tmp_path / "mount"), fstype="fuse.sshfs")]
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounts)
+    Store(tmp_path / "link" / "campaign.db", read_only=False).close()
+    journal = sqlite3.connect(tmp_path / "mount" / "campaign.db").execute("PRAGMA journal_mode")
+    assert journal.fetchone() == ("delete",)

@@ -17,6 +17,7 @@ from search.engine import Silent, start
 from search.store import Store
 from search.tensorboard import TensorBoard
 from search.trial import Trial
+from search.trial_export import COLUMNS, export_trials
 
 
 @pytest.fixture(scope="module")
@@ -111,3 +112,8 @@ def test_without_a_number_of_workers_no_busy_share_is_drawn(tmp_path: Path) -> N
     )
     watcher.close()
     assert "workers/busy" not in {tag for tag, *_ in scalars(tmp_path / "tensorboard")}
+
+
+def test_a_campaign_without_trials_has_the_columns(tmp_path: Path) -> None:
+    export_trials(Store(tmp_path / "campaign.db", read_only=False), tmp_path / "trials.csv")
+    assert (tmp_path / "trials.csv").read_text() == ",".join(COLUMNS) + "\n"

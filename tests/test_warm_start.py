@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,16 +13,22 @@ from campaigns import mnas, rows, write_synthetic
 
 from controller.base import Result
 from controller.random_search import RandomSearch
+from search import finalists
+from search.campaign import create
 from search.config import CampaignConfig, load_campaign_config
-from search.engine import resume, start
-from search.finalists import candidates
-from search.loop import is_baseline
+from search.engine import Silent, resume, start
+from search.finalists import candidates, hand_over
+from search.loop import FULL_TRAINING, Search, is_baseline, trial_seed
+from search.parts import Parts
 from search.store import Store
 from search.trial import Trial
-from space.errors import ConfigError
+from search.warm_start import _members
+from space.errors import ConfigError, TrialFailed
 from space.search_space import load_space
 from space.tokens import Tokens
 
+#: A space of two networks.
+TINY = "space={name: tiny.yaml}"
 PLUGIN = "controller={class: test_warm_start:Curious, options: {}}"
 
 
@@ -55,6 +62,10 @@ class Curious(RandomSearch):
 
 def load(folder: Path, *overrides: str, **settings: Any) -> CampaignConfig:
     folder.mkdir(exist_ok=True)
+    (folder / "tiny.yaml").write_text(
+        "{name: tiny, stem: 8, head: 16, resolution: 28, classes: 10, choices:"
+        " {kernel_size: [3, 5]}, blocks: [{filters: 8, layers: 1, stride: 1}]}"
+    )
     return load_campaign_config(str(write_synthetic(folder, **settings)), overrides)
 
 
@@ -218,3 +229,70 @@ def test_accuracies_carry_over_to_another_device_and_latencies_are_its_own(tmp_p
         assert trial.latency_ms is not None
         assert before.latency_ms is not None
         assert trial.latency_ms > 10 * before.latency_ms
+
+
+def test_an_earlier_campaigns_network_can_be_handed_over(
+    tmp_path: Path, earlier: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **options: object) -> list[str]:
+        raise TrialFailed("no time for that")
+
+    monkeypatch.setattr(finalists, "run_retrain", fail)
+    recipe = "retrain={top: 1, recipe: digits}"
+    warm = load(tmp_path / "new", f"warm_start={earlier}", recipe, trials=8)
+    with create(tmp_path / "new" / "run", warm) as campaign:
+        parts, watcher = Parts(warm), Silent()
+        Search(campaign, parts, watcher).run()
+        best = campaign.store.trials(role="warm_start")[0]
+        campaign.store.set_meta("recommended", [best.id])
+        assert hand_over(campaign, parts, watcher) is None
+        (finalist,) = campaign.store.trials(role="finalist")
+    assert finalist.architecture == best.architecture
+    assert finalist.finalist_of == best.id < 0
+    assert finalist.seed == trial_seed(0, best.id, FULL_TRAINING)
+    assert finalist.seed not in (trial_seed(0, -best.id, FULL_TRAINING), best.seed)
+
+
+def test_of_several_trainings_of_a_network_the_mean_is_carried_over_once(tmp_path: Path) -> None:
+    twice = load(tmp_path / "first", "trainings_per_network=2", TINY, trials=16, fail_share=0.0)
+    start(twice, tmp_path / "first" / "run")
+    first = read(tmp_path / "first" / "run")
+    assert first.superseded()
+    warm = load(
+        tmp_path / "second", TINY, f"warm_start={tmp_path / 'first' / 'run'}", trials=8,
+        fail_share=0.0,
+    )  # fmt: skip
+    start(warm, tmp_path / "second" / "run")
+    again = read(tmp_path / "second" / "run").trials(role="warm_start")
+    carried = {t.architecture: t for t in again}
+    assert len(carried) == len(again)
+    last = {t.architecture: t for t in first.trials() if t.outcome == "completed"}
+    assert {text: t.accuracy for text, t in carried.items()} == {
+        text: t.accuracy for text, t in last.items()
+    }
+
+
+def test_the_earlier_devices_figures_are_not_carried_over(tmp_path: Path, earlier: Path) -> None:
+    space, trials = load_space("small_image"), read(earlier).trials()
+    for measured, names in ((False, {"latency_ms", "latency_ms:x", "macs"}), (True, {"macs"})):
+        known = [
+            replace(t, metrics={"latency_ms": 9.0, "latency_ms:x": 9.0, "macs": 1.0})
+            for t in trials
+        ]
+        for trial in _members(known, space, measured=measured):
+            assert set(trial.metrics or {}) == names
+
+
+def test_a_network_too_slow_for_the_earlier_device_is_measured_here(
+    tmp_path: Path, earlier: Path
+) -> None:
+    # All of them were slower than this allows, by the stand-in's figures.
+    settings = [
+        "device={name: here, kind: onnxruntime, effort: quick, attempts: 1}",
+        "objective={name: soft, target_ms: 1.0e-6, reject_above: 1.0}",
+        f"warm_start={{campaign: {earlier}, trials: 2}}",
+    ]
+    start(load(tmp_path / "new", *settings, trials=1, controller="random"), tmp_path / "new" / "r")
+    for trial in read(tmp_path / "new" / "r").trials(role="warm_start"):
+        assert trial.outcome == "rejected"
+        assert trial.measurement_ids
