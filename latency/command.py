@@ -25,7 +25,7 @@ from latency.command_config import CommandConfig, JsonRule, RegexRule
 from latency.device import LatencyMeter
 from latency.fits import needed_bytes
 from latency.host import check_memory
-from latency.lock import device_lock
+from latency.lock import device_lock, host_lock
 from latency.measurement import Measurement
 from latency.placeholders import fill_in
 from latency.processes import Finished, run_to_end, temporary_folder
@@ -91,8 +91,12 @@ class CommandMeter(LatencyMeter):
             "clock": "the tool's own",
             "sample": _meaning(config),
         }
+        # Two profiles of one phone are one device; a tool on this host shares its cores with us.
+        lock = f"command-{config.address or config.name}"
+        patience_s = config.lock_timeout_s
         with (
-            device_lock(f"command-{config.name}", f"on {config.name}", config.lock_timeout_s),
+            device_lock(lock, f"on {config.name}", patience_s),
+            host_lock(patience_s) if config.shares_cores else contextlib.nullcontext(),
             self._ready(architecture, model, environment) as job,
         ):
             attempts = self._attempts(job)
@@ -174,7 +178,9 @@ class CommandMeter(LatencyMeter):
         """Run a command that must succeed."""
         config = self._config
         try:
-            finished = run_to_end(argv, timeout_s=timeout_s, env=config.env)
+            finished = run_to_end(
+                argv, timeout_s=timeout_s, env=config.env, to_the_end=key == "cleanup"
+            )
         except OSError as error:
             raise MeasurementError(
                 f"{config.name}: {key} needs the program {argv[0]!r}, which cannot be started:"

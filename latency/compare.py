@@ -66,5 +66,5 @@ def compare(
         ratio=float(np.median(ratios)),
         ratio_low=low,
         ratio_high=high,
-        noisy=sum(m.verdict == "noisy" for pair in pairs for m in pair),
+        noisy=sum(m.verdict != "ok" for pair in pairs for m in pair),
     )

@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from latency.device import LatencyMeter
 from latency.lookup_table import check_device
@@ -123,22 +123,25 @@ class Journal:
         Raises:
             MeasurementError: The device failed several times in a row.
         """
-        failures = 0
+        errors: list[MeasurementError] = []  # of the device, different ones in a row
         for done, (network, outcome) in enumerate(meter.measure_all(architectures), start=1):
-            failures = self._keep(network, outcome, failures)
+            if self._keep(network, outcome):
+                errors.clear()
+            elif not errors or outcome is not errors[-1]:  # several networks may share one
+                errors.append(cast(MeasurementError, outcome))
+            if len(errors) == _MOST_FAILURES:
+                raise errors[-1]
             watch(done, len(architectures), outcome)
 
-    def _keep(self, network: Architecture, outcome: Outcome, failures: int) -> int:
-        """Append what will not change, and return how often in a row the device has failed."""
+    def _keep(self, network: Architecture, outcome: Measurement | MeasurementError) -> bool:
+        """Append what will not change, and return whether there was that: the device works."""
         if isinstance(outcome, Measurement):
             self._append(Line(network.text, outcome))
-            return 0
+            return True
         if outcome.cause == "architecture":
             self._append(Line(network.text, failure=str(outcome)))
-            return 0
-        if failures + 1 == _MOST_FAILURES:
-            raise outcome
-        return failures + 1
+            return True
+        return False
 
     def _append(self, line: Line) -> None:
         text = json.dumps(to_plain(line), allow_nan=False) + "\n"

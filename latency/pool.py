@@ -32,12 +32,16 @@ class Member:
     Attributes:
         name: Of the device.
         meter: What measures on it.
-        failures: In a row, up to now.
+        failures: In a row, up to now; one that several networks share counts once.
+        retired: Whether it gets no more work.
+        last_error: Of the last failure.
     """
 
     name: str
     meter: LatencyMeter
     failures: int = 0
+    retired: bool = False
+    last_error: MeasurementError | None = None
 
     def take(self, jobs: list[_Job], num_members: int) -> list[_Job]:
         """Remove this member's next networks from `jobs` and return them.
@@ -116,7 +120,7 @@ class PoolMeter(LatencyMeter):
         running: dict[Future[list[tuple[_Job, Outcome]]], Member] = {}
         with ThreadPoolExecutor(len(self._members)) as threads:
             while jobs or running:
-                active = [m for m in self._members if m.failures < self._retire_after]
+                active = [member for member in self._members if not member.retired]
                 for member in active:
                     busy = member in running.values()
                     taken = [] if busy else member.take(jobs, len(active))
@@ -169,10 +173,12 @@ class PoolMeter(LatencyMeter):
         if outcome.cause == "architecture":
             member.failures = 0
             return outcome
-        member.failures += 1
+        member.failures += outcome is not member.last_error
+        member.last_error = outcome
         job.failed_by.append(member)
         job.error = outcome
-        if member.failures == self._retire_after:
+        if member.failures >= self._retire_after and not member.retired:
+            member.retired = True
             _LOG.warning(
                 "%s is retired from %s after %d failures in a row; the last: %s",
                 member.name, self._name, member.failures, outcome,

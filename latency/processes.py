@@ -65,11 +65,13 @@ def run_to_end(
     timeout_s: float,
     given: bytes | None = None,
     env: Mapping[str, str] | None = None,
+    to_the_end: bool = False,
 ) -> Finished:
     """Return how a program ended; at the time limit it is killed with all that it started.
 
     Its standard input is empty; or holds `given` and then stays open until the program ends, so
-    that one at the other end of a connection can tell a waiting caller from one that is gone.
+    that one at the other end of a connection can tell a waiting caller from one that is gone. What
+    must run `to_the_end`, such as a cleanup, `end_running` leaves alone.
 
     Raises:
         OSError: It cannot be started.
@@ -88,7 +90,8 @@ def run_to_end(
     feeder = threading.Thread(target=_feed, args=(process.stdin, given), daemon=True)
     feeder.start()
     ending = "ended"
-    _running.add(process)
+    if not to_the_end:
+        _running.add(process)
     try:
         process.wait(timeout_s)
     except subprocess.TimeoutExpired:

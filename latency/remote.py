@@ -137,7 +137,8 @@ class SshMeter(LatencyMeter):
         model = model_file(config, architecture, style)
         where, name = f"on {config.host}", f"ssh-{config.host}-{config.port or 22}"
         with device_lock(name, where, config.lock_timeout_s):
-            core = "last" if config.cores is None else config.cores[0]
+            # The first of the last `threads` cores is another one for each number of them.
+            core = f"last{config.threads}" if config.cores is None else config.cores[0]
             history = PaceHistory(f"{name}-{core}-{config.python}")
             settings = runner_settings(
                 config, architecture, needed_bytes=needed, known_pace_s=history.fastest_s()
@@ -207,6 +208,7 @@ class SshMeter(LatencyMeter):
         """The JSON object that a module of ours prints on the device, run with these files."""
         config = self._config
         sent = {**_shipped(), **files}
+        transfer_s = TRANSFER_S + sum(map(len, sent.values())) / BYTES_PER_S
         order = {
             "module": module,
             "arguments": list(files),
@@ -214,11 +216,11 @@ class SshMeter(LatencyMeter):
             "folder": config.folder,
             "lock_timeout_s": lock_timeout_s,
             "time_limit_s": time_limit_s,
+            "transfer_s": transfer_s,
         }
         supervisor = _source("latency/supervisor.py")
         given = b"".join([supervisor, json.dumps(order).encode(), b"\n", *sent.values()])
         argv = ssh_command(config, len(supervisor))
-        transfer_s = TRANSFER_S + len(given) / BYTES_PER_S
         patience_s = config.connect_timeout_s + (lock_timeout_s or 0.0) + time_limit_s + transfer_s
         try:
             finished = run_to_end(argv, given=given, timeout_s=patience_s)

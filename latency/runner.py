@@ -104,10 +104,14 @@ class Attempt:
     peak_memory_bytes: int | None
 
     @property
+    def kept_core(self) -> bool:
+        """Whether the thread had its core for itself, as far as that is known."""
+        return self.running_share is None or self.running_share >= FEWEST_RUNNING
+
+    @property
     def is_undisturbed(self) -> bool:
         """Whether the warm-up settled and the thread kept its core."""
-        kept_core = self.running_share is None or self.running_share >= FEWEST_RUNNING
-        return self.timing.settled and kept_core
+        return self.timing.settled and self.kept_core
 
     @property
     def is_good(self) -> bool:
@@ -141,8 +145,13 @@ def measure(model: bytes, settings: Settings, earlier: CpuTimes | None = None) -
         attempts,
         key=lambda a: (not a.is_undisturbed, a.timing.is_noisy, a.timing.spread),
     )
+    timing = best.timing
+    if not best.kept_core:
+        # Others had the core in turn, in every attempt: that is in each sample.
+        everything = tuple(range(len(timing.samples_ms)))
+        timing = dataclasses.replace(timing, disturbed=everything)
     return {
-        "timing": dataclasses.asdict(best.timing),
+        "timing": dataclasses.asdict(timing),
         "attempts": len(attempts),
         "peak_memory_bytes": attempts[0].peak_memory_bytes,
         "runtime": runtime_identity(),

@@ -64,7 +64,14 @@ def _lock(timeout_s: float) -> Any:
             time.sleep(0.05)
 
 
-def _receive(folder: str, files: Any) -> None:
+def _receive(folder: str, files: Any, limit_s: float) -> None:
+    """Write the files that come; a sender that falls silent must not hold the lock for hours."""
+
+    def give_up(number: int, frame: Any) -> None:
+        raise _Fault("folder", "the sender fell silent amid the files")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
     source = sys.stdin.buffer
     for path, size in files:
         target = os.path.join(folder, path)
@@ -77,6 +84,7 @@ def _receive(folder: str, files: Any) -> None:
                     raise _Fault("folder", "the sender went away amid the files")
                 file.write(part)
                 left -= len(part)
+    signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _kill_when_sender_leaves(process: Any) -> None:
@@ -140,7 +148,7 @@ def _follow(order: Any) -> dict[str, Any]:
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise _Fault("full", f"{folder} has {free:,} bytes left, but {needed:,} are needed")
-        _receive(folder, order["files"])
+        _receive(folder, order["files"], order["transfer_s"])
         return _run(folder, order)
     except OSError as error:
         where = folder or order["folder"] or "a temporary folder"

@@ -161,12 +161,17 @@ def run_predict(
         print(json.dumps(_prediction_report(path, table, networks, predicted)))
         return []
     shown = [
-        ("predicted", f"{ms:.4g} ms, {ms * (1 - table.bound):.4g} to"
-            f" {ms * (1 + table.bound):.4g} ms: {network.text}")
+        ("predicted", f"{ms:.4g} ms, {_interval(ms, table.bound)}: {network.text}")
         for network, ms in zip(networks, predicted, strict=True)
-    ]  # fmt: skip
+    ]
     return [*shown, ("bound", f"95 % of cross-validated predictions within {table.bound:.1%}"),
             ("device", f"{table.device.get('name')}: {fingerprint(table.device)}")]  # fmt: skip
+
+
+def _interval(predicted_ms: float, bound: float) -> str:
+    """Where the time is if the prediction is off by at most `bound` of that time."""
+    low = f"{predicted_ms / (1 + bound):.4g}"
+    return f"{low} to {predicted_ms / (1 - bound):.4g} ms" if bound < 1 else f"{low} ms or more"
 
 
 def _prediction_report(

@@ -81,12 +81,15 @@ def test_samples_must_be_positive_numbers(samples_ms: tuple[float, ...]) -> None
 
 
 @pytest.mark.parametrize("n", [*range(6, 101), 1000])
-def test_the_medians_interval_covers_at_least_94_percent(n: int) -> None:
+def test_the_medians_interval_covers_95_percent_and_hardly_more(n: int) -> None:
     # With samples 0..n-1 the interval's ends are the order statistics' indices; a median lies
     # between them as often as a fair coin shows heads between so many times.
     low, high = median_interval(np.arange(n, dtype=np.float64))
     coverage = binom.cdf(high, n, 0.5) - binom.cdf(low, n, 0.5)
-    assert coverage >= 0.94
+    assert coverage >= 0.95
+    assert (low, high) == (low, n - 1 - low)
+    # One more sample left out at each end would be too many.
+    assert binom.cdf(high - 1, n, 0.5) - binom.cdf(low + 1, n, 0.5) < 0.95
 
 
 def test_the_medians_interval_of_few_samples_is_their_range() -> None:

@@ -148,7 +148,15 @@ def test_a_run_longer_than_the_budget_still_gets_the_fewest_samples() -> None:
     simulation = Simulation(repeat(60.0))
     timing = time_runs(simulation.run, protocol(time_budget_s=1.0), clock=simulation.clock)
     assert timing.samples_ms == (60e3,) * FEWEST_SAMPLES
-    assert (timing.warmup_runs, timing.settled, timing.ending) == (1, False, "budget")
+    assert (timing.warmup_runs, timing.settled, timing.ending) == (2, True, "budget")
+
+
+def test_a_network_too_slow_for_two_windows_settles_with_two_runs_alike() -> None:
+    slowly = protocol(time_budget_s=1.0, warmup_tolerance=0.05)
+    for durations, settled in ([0.4, 0.41], True), ([0.6, 0.4], False):
+        simulation = Simulation(chain(durations, repeat(0.4)))
+        timing = time_runs(simulation.run, slowly, clock=simulation.clock)
+        assert (timing.warmup_runs, timing.settled) == (2, settled)
 
 
 def test_inner_iterations_stay_as_first_calibrated() -> None:
