@@ -104,6 +104,15 @@ def test_a_device_that_stays_slow_flags_its_figures_and_recovers() -> None:
     assert taken[4].median_ms == 40
 
 
+@pytest.mark.parametrize("end_s", [41.0, 42.0, 43.0])
+def test_what_was_measured_before_a_device_recovered_is_measured_again(end_s: float) -> None:
+    # Slow at the last check, it comes to rest before, among or after the next two networks.
+    device = StandInDevice(between(5.0, end_s, 1.2))
+    taken = measured(device.guard(tries=3), NETWORKS)
+    assert [found.verdict for found in taken] == ["ok", "ok", "drifted", "drifted", "ok", "ok"]
+    assert [found.median_ms for found in taken[4:]] == [40, 48]
+
+
 def test_a_device_that_gets_faster_has_drifted_too() -> None:
     device = StandInDevice(lambda now_s: 1.0 if now_s < 5 else 0.9)
     taken = measured(device.guard(tries=1), NETWORKS[:4])

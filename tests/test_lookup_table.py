@@ -29,6 +29,7 @@ from latency.lookup_table import (
 )
 from latency.measurement import Measurement
 from latency.plots import check_picture, plot_predictions, plot_samples
+from latency.table_cli import _interval
 from latency.table_run import make_table
 from search.accel_nasbench_data import read_networks
 from space.architecture import PAPER_STYLE, Architecture, NetworkStyle, graph_hash
@@ -421,3 +422,11 @@ def test_a_picture_that_could_not_be_written_is_refused_before_anything_is_measu
         check_picture(tmp_path / "picture.docx")
     with pytest.raises(ConfigError, match="there is no folder"):
         check_picture(tmp_path / "none" / "picture.png")
+
+
+@pytest.mark.parametrize(
+    ("bound", "shown"), [(0.25, "8 to 13.33 ms"), (1.0, "5 ms or more"), (1.5, "4 ms or more")]
+)
+def test_a_predictions_interval_is_of_times_it_may_be_off_from(bound: float, shown: str) -> None:
+    # The bound is of |predicted / measured - 1|.
+    assert _interval(10.0, bound) == shown

@@ -191,8 +191,11 @@ def test_a_measurement_during_which_others_had_the_core_is_repeated(
 ) -> None:
     left = timings([timing(2, 2, 2), timing(3, 3, 3)])
     monkeypatch.setattr(runner, "FEWEST_RUNNING", 1.1)  # no thread can run so much
-    assert meter(attempts=2).measure(SMALL).attempts == 2
+    taken = meter(attempts=2).measure(SMALL)
+    assert taken.attempts == 2
     assert left == []
+    # Each time: quiet as the samples look, the figure is not to be trusted.
+    assert (taken.median_ms, taken.verdict) == (2, "noisy")
 
 
 # ---------------------------------------------------------------------------- a process of its own

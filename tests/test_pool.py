@@ -120,6 +120,25 @@ def test_a_board_that_keeps_failing_is_retired_and_its_work_goes_to_the_others()
     assert len(broken.measured) == 2
 
 
+def test_one_failure_that_a_whole_group_shares_counts_once() -> None:
+    # The guard's reference fails at its start: none of the group can be measured then.
+    board = StandInBoard("a", ["busy"])
+    guarded = DriftGuard(board, DriftConfig(every=4))
+    meter = PoolMeter("rack", [Member("a", guarded)], retire_after=2)
+    found = list(outcomes(meter).values())
+    assert sum(isinstance(outcome, MeasurementError) for outcome in found) == 4
+    assert sum(isinstance(outcome, Measurement) for outcome in found) == len(NETWORKS) - 4
+
+
+def test_a_retired_board_stays_so() -> None:
+    board = StandInBoard("a", ["busy", "busy"])
+    meter = pool(board, retire_after=2)
+    assert all(isinstance(outcome, MeasurementError) for outcome in outcomes(meter).values())
+    again = list(outcomes(meter).values())
+    assert all("every device of rack is retired" in str(outcome) for outcome in again)
+    assert len(board.measured) == 2
+
+
 def test_failures_that_are_not_in_a_row_retire_nobody() -> None:
     meter = pool(StandInBoard("flaky", ["busy", "", "busy", "", "busy", "", "busy", ""]))
     found = outcomes(meter)
