@@ -114,6 +114,9 @@ class Run:
             f"measurement_cache={runs / 'measurements.db'}",
         ]  # fmt: skip
 
+    def __str__(self) -> str:
+        return f"{self.group[0]}-{self.trials}-{self.seed}"
+
     @property
     def group(self) -> tuple[str, int]:
         """What the campaigns that differ in their seed alone have in common."""
@@ -122,7 +125,7 @@ class Run:
 
     def folder(self, runs: Path) -> Path:
         """Where it is kept."""
-        return runs / f"{self.group[0]}-{self.trials}-{self.seed}"
+        return runs / str(self)
 
 
 def measured_target(runs: Path, reference: Architecture) -> float:
@@ -322,6 +325,12 @@ class Judge:
         row["ratio"], row["verdict"] = statistics.median(row["ratios"]), taken.verdict
         latency = {"latency_ms": row["ratio"] * self._target_ms}
         row["reward"], _ = self._objective.reward(row["observed_accuracy"], latency)
+        print(
+            f"{self._run}: judging trial {row['trial']}, measurement {len(row['ratios'])}:"
+            f" {row['ratio']:.3f} of the projection's latency, accuracy"
+            f" {row['observed_accuracy']:.4f}",
+            flush=True,
+        )
 
 
 def chosen(
