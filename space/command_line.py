@@ -1,12 +1,14 @@
 """Where a command line ends: whatever went wrong is one sentence on standard error and a status.
 
 Bad input has exit status 2, a person's Ctrl-C 130, what cannot be done with good input 1 or the
-status that its exception names; a traceback is a mistake of the program.
+status that its exception names; a traceback is a mistake of the program. SIGTERM, and a terminal
+that closes, are taken as Ctrl-C.
 """
 
 from __future__ import annotations
 
 import os
+import signal
 import sqlite3
 import sys
 from collections.abc import Callable
@@ -28,6 +30,11 @@ def _line(sentence: str, status: int) -> str:
     return f"mnas: {sentence}"
 
 
+def _interrupt(number: int, frame: object) -> None:
+    """Take a signal as Ctrl-C, so that what was started is ended and what was made is removed."""
+    raise KeyboardInterrupt
+
+
 def exit_status(
     command: Callable[[], object],
     help_command: str,
@@ -47,6 +54,9 @@ def exit_status(
     Raises:
         Exception: Any that is neither bad input nor the machine's doing.
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` has it ignored
+            signal.signal(number, _interrupt)
     try:
         status = command()
         # typer answers Ctrl-C with this status itself.

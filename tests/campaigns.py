@@ -86,7 +86,8 @@ def mnas_here(
         main: Whose command it is; `mnas` without one.
     """
     out, errors = io.StringIO(), io.StringIO()
-    given, answer = sys.argv, signal.getsignal(signal.SIGTERM)
+    given = sys.argv
+    answers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
     sys.argv = ["mnas", *arguments]
     try:
         with redirect_stdout(out), redirect_stderr(errors), chdir(cwd or Path.cwd()):
@@ -95,7 +96,8 @@ def mnas_here(
         status = ended.code
     finally:
         sys.argv = given
-        signal.signal(signal.SIGTERM, answer)
+        for number, answer in answers.items():
+            signal.signal(number, answer)
     assert isinstance(status, int)
     return subprocess.CompletedProcess(sys.argv, status, out.getvalue(), errors.getvalue())
 

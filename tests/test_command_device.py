@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from latency.checks import check_device
 from latency.command import CommandMeter, times
 from latency.contract import check_meter
 from latency.device import CommandConfig, DeviceConfig, load_device, make_meter
-from latency.lock import device_lock
+from latency.lock import device_lock, host_lock
 from latency.processes import Finished
 from space.architecture import graph_hash, parse_architecture
 from space.errors import ConfigError, MeasurementError
@@ -319,3 +321,36 @@ def test_identity_is_the_same_in_another_process(tmp_path: Path) -> None:
     here = make_meter(load_device(str(path))).identity()
     assert json.loads(done.stdout) == here
     assert dataclasses.replace(config(), lock_timeout_s=1.0).name == here["name"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_command_that_is_ended_by_a_signal_ends_its_tool_and_cleans_up(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    begun, done, device = tmp_path / "begun", tmp_path / "done", tmp_path / "tool.yaml"
+    hang = f"import pathlib, time; pathlib.Path({str(begun)!r}).write_text(''); time.sleep(60)"
+    tool = {**GOOD, "run": [sys.executable, "-c", hang], "cleanup": [["touch", str(done)]]}
+    device.write_text(json.dumps(tool))
+    command = [sys.executable, "-m", "latency", "measure", SMALL.text, "--device", str(device)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not begun.exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, "mnas: stopped.\n")
+    assert done.exists()
+    running = [p.info["cmdline"] or [] for p in psutil.process_iter(["cmdline"])]
+    assert not any(hang in arguments for arguments in running)
+
+
+def test_two_profiles_of_one_phone_and_a_tool_on_this_host_wait_for_one_another() -> None:
+    with device_lock("command-emulator-5554", "on it", 5.0):
+        error = fault(config(address="emulator-5554", lock_timeout_s=0.05))
+    assert "another process has been measuring" in str(error)
+    with host_lock(5.0):
+        assert CommandMeter(config(lock_timeout_s=0.05)).measure(SMALL).samples_ms
+        error = fault(config(shares_cores=True, lock_timeout_s=0.05))
+    assert "another process has been measuring on this host" in str(error)
