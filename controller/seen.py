@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable
 from typing import Any
@@ -15,6 +16,8 @@ from space.tokens import Tokens, mutated
 #: How far `fresh` walks at most. While any part of a space worth searching is left, a few steps
 #: are enough.
 MAX_STEPS = 1000
+#: So many token vectors can be gone through.
+SMALL_SPACE = 100_000
 
 
 class Seen:
@@ -44,8 +47,8 @@ class Seen:
         """Return tokens not seen before and take note of them.
 
         These are the ones given, if they are new; otherwise the first new ones on a walk from
-        them that changes one decision a step. The ones given come back, a repetition, only if
-        the whole space was seen, or in the unheard-of case that the walk finds no end.
+        them that changes one decision a step, or, where a walk finds none in a small space, any.
+        A repetition comes only if the whole space was seen, or nearly all of a large one.
         """
         made = tokens
         if not self.is_whole_space:
@@ -53,6 +56,10 @@ class Seen:
                 if made not in self._tokens:
                     break
                 made = mutated(made, self._num_choices, rng)
+            if made in self._tokens and self._size <= SMALL_SPACE:
+                every = itertools.product(*map(range, self._num_choices))
+                left = [tokens for tokens in every if tokens not in self._tokens]
+                made = left[rng.integers(len(left))]
         self.add([made])
         return made
 

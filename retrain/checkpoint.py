@@ -72,6 +72,8 @@ class Checkpoint:
             evaluated (averaged ones if the recipe averages).
         training: How they were trained; None for weights from elsewhere.
         source: Where weights from elsewhere come from: framework, model, file, SHA-256.
+        crop: `crop_pct` and interpolation of the image files that it is evaluated on here; None:
+            as its training had them. It is not saved.
     """
 
     architecture: Architecture
@@ -82,6 +84,7 @@ class Checkpoint:
     weights: dict[str, Any]
     training: Training | None = None
     source: str | None = None
+    crop: tuple[float, str] | None = None
 
     @property
     def evaluation_crop(self) -> tuple[float, str]:
@@ -89,6 +92,8 @@ class Checkpoint:
 
         As the training's data were: small sets' images, and those of an unknown training, whole.
         """
+        if self.crop is not None:
+            return self.crop
         if self.training is None or self.training.recipe.data.name not in IMAGE_FILES:
             return 1.0, "bilinear"
         augment = self.training.recipe.augment

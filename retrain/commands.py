@@ -483,6 +483,9 @@ def export_command(
     checkpoint = open_checkpoint(ckpt_path)
     recipe = recipe_of(checkpoint, ckpt_path, config, data_dir)
     data = data_of(checkpoint, recipe)
+    if recipe.data.name in IMAGE_FILES:
+        crop = recipe.augment.crop_pct, recipe.augment.interpolation
+        checkpoint = dataclasses.replace(checkpoint, crop=crop)
     from retrain.export import export_checkpoint
 
     return export_checkpoint(

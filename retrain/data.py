@@ -43,6 +43,8 @@ Batch = tuple[NDArray[np.float32], NDArray[np.int32] | NDArray[np.float32]]
 
 #: Images that a thread takes at a time; even, for mixing takes neighbours.
 _CHUNK = 8
+#: So many images at a time are looked at for the normalisation.
+MEASURED_AT_ONCE = 64
 
 
 @record
@@ -115,11 +117,19 @@ class DataSet:
 
 def _measured(train: Split) -> Normalisation:
     # Evenly spaced: a folder's images come sorted by class.
-    sample = train.views(np.arange(0, len(train), max(1, len(train) // 2000)))
-    pixels = sample.astype(np.float64) / 255
+    sample = np.arange(0, len(train), max(1, len(train) // 2000))
+    count, total, squares = 0, np.zeros(train.shape[0]), np.zeros(train.shape[0])
+    # A few images at a time: as float64, all of them take gigabytes. The sums are exact.
+    for start in range(0, len(sample), MEASURED_AT_ONCE):
+        pixels = train.views(sample[start : start + MEASURED_AT_ONCE]).astype(np.float64)
+        count += pixels.size // len(total)
+        total += pixels.sum(axis=(0, 2, 3))
+        squares += np.square(pixels).sum(axis=(0, 2, 3))
+    means = total / count
+    deviations = np.sqrt(np.maximum(squares / count - np.square(means), 0.0))
     return Normalisation(
-        tuple(round(float(mean), 4) for mean in pixels.mean(axis=(0, 2, 3))),
-        tuple(max(0.001, round(float(std), 4)) for std in pixels.std(axis=(0, 2, 3))),
+        tuple(round(float(mean) / 255, 4) for mean in means),
+        tuple(max(0.001, round(float(deviation) / 255, 4)) for deviation in deviations),
     )
 
 
@@ -213,11 +223,18 @@ def _held_out_counts(sizes: NDArray[np.int64], config: DataConfig) -> NDArray[np
             f"data.validation_images: must be at most half of the {sizes.sum()} training images,"
             f" but got {config.validation_images}."
         )
-    # Largest remainders: the counts add up to what is asked.
+    # Largest remainders: the counts add up to what is asked, and each class keeps an image.
+    most = np.maximum(sizes - 1, 0)
+    if config.validation_images > most.sum():
+        raise ConfigError(
+            f"data.validation_images: must be at most {most.sum()}, so that every class keeps an"
+            f" image, but got {config.validation_images}."
+        )
     shares = config.validation_images * sizes / sizes.sum()
-    counts: NDArray[np.int64] = np.floor(shares).astype(np.int64)
-    missing = config.validation_images - counts.sum()
-    counts[np.argsort(counts - shares, kind="stable")[:missing]] += 1
+    counts: NDArray[np.int64] = np.minimum(np.floor(shares).astype(np.int64), most)
+    order = np.argsort(counts - shares, kind="stable")
+    while missing := config.validation_images - counts.sum():
+        counts[order[counts[order] < most[order]][:missing]] += 1
     return counts
 
 

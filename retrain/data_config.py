@@ -142,6 +142,13 @@ class AugmentConfig:
                 f"std must be given where mean is, and only there, but got {self.std} with mean"
                 f" {self.mean}"
             )
+        if len(self.std or ()) != len(self.mean or ()):
+            raise ValueError(
+                f"std must have as many numbers as mean, {len(self.mean or ())}, but got"
+                f" {list(self.std or ())}"
+            )
+        for deviation in self.std or ():
+            _require("std", deviation, 1e-6, 1e6)
         self._check_colours()
 
     def _check_colours(self) -> None:

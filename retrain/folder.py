@@ -141,7 +141,10 @@ def refuse_used(out: Path, recipe: Recipe) -> None:
         ConfigError: It does.
     """
     finished = (RESULT, weights_name(recipe))
-    for name in (*finished, STATE, RECIPE):
+    # What stopped before its first state, for a mistake in the recipe perhaps, may begin anew; a
+    # recipe by itself is somebody's own.
+    begun = all((out / name).exists() for name in (RECIPE, ARCHITECTURE, LOG))
+    for name in (*finished, STATE, *(() if begun else (RECIPE,))):
         if (out / name).exists():
             what = "a finished" if name in finished else "an unfinished"
             raise ConfigError(

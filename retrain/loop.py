@@ -71,6 +71,8 @@ class Loop:
                 self._end_epoch(validate=wanted or trainer.step == trainer.steps)
             elif every is None or trainer.step % every:
                 continue
+            else:
+                self._checked()  # no state of a training that diverged takes the last one's place
             if on_state is not None:
                 on_state(self._state())
 

@@ -198,13 +198,16 @@ class Network(nn.Cell):
 
 
 def load(path: str) -> Network:
-    """Return the network with the weights of a .safetensors file, ready to predict.
+    """Return the network with the weights of a .safetensors or .ckpt file, ready to predict.
 
     Raises:
         ValueError: The file is missing, damaged, or holds another network's weights.
     """
     network = Network()
-    weights = ms.load_checkpoint(path, format="safetensors")
+    kind = "safetensors" if path.endswith(".safetensors") else "ckpt"
+    # A .ckpt holds texts about the training, too.
+    loaded = ms.load_checkpoint(path, format=kind).items()
+    weights = {name: value for name, value in loaded if isinstance(value, ms.Parameter)}
     wanted = {parameter.name: parameter.shape for parameter in network.get_parameters()}
     found = {name: parameter.shape for name, parameter in weights.items()}
     if found != wanted:
@@ -233,10 +236,15 @@ def predict(network: Network, pixels: np.ndarray) -> np.ndarray:
 def read_image(path: str) -> np.ndarray:
     """An image file -> uint8 (CHANNELS, SIZE, SIZE): scaled, and the centre cut out."""
     from mindspore.dataset import vision
+    from PIL import Image
 
-    image = vision.Decode(to_pil=True)(np.fromfile(path, np.uint8))
-    if CHANNELS == 1:
-        image = vision.Grayscale(1)(image)
+    with Image.open(path) as opened:
+        if opened.mode.startswith("I"):  # 16 bits; conversion would clip at 255
+            gray = (np.asarray(opened.convert("I")) >> 8).clip(0, 255)
+            image = Image.fromarray(gray.astype(np.uint8))
+        else:
+            image = opened.convert("RGBA") if opened.mode == "P" else opened
+        image = image.convert("L" if CHANNELS == 1 else "RGB")
     pixels = np.asarray(image).reshape(image.height, image.width, CHANNELS)
     pixels = vision.Resize(int(SIZE / CROP_PCT), vision.Inter[INTERPOLATION])(pixels)
     pixels = vision.CenterCrop(SIZE)(pixels)
@@ -246,7 +254,7 @@ def read_image(path: str) -> np.ndarray:
 def main() -> None:
     """Print the network's size and what it makes of images, or of random pixels."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("weights", help="the .safetensors file")
+    parser.add_argument("weights", help="the .safetensors or .ckpt file")
     parser.add_argument("images", nargs="*", help="image files; random pixels without any")
     arguments = parser.parse_args()
     try:

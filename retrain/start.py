@@ -82,10 +82,13 @@ def _start(
         augment = dataclasses.replace(
             augment, mean=normalisation.mean, std=normalisation.deviation
         )
+    # Padding and epsilon are the weights' own; how fast statistics follow is the training's.
+    momentum = recipe.style.batch_norm_momentum
+    style = dataclasses.replace(checkpoint.style, batch_norm_momentum=momentum)
     anew = sorted(set(checkpoint.weights) - set(weights))
     return Start(
         architecture,
-        dataclasses.replace(recipe, style=checkpoint.style, augment=augment),
+        dataclasses.replace(recipe, style=style, augment=augment),
         weights,
         hashlib.sha256(path.read_bytes()).hexdigest(),
         f"starting from {path}" + (f"; random are {', '.join(anew)}" if anew else ""),

@@ -339,13 +339,18 @@ def estimate(
         measurement_s: Seconds of a measurement on one device, likewise.
         price: Of a worker hour, in any currency.
     """
-    trials = config.stop.trials
-    children = min(trials, config.stop.trained or trials)
+    trials, trained = config.stop.trials, config.stop.trained
+    # The rule looks at what is trained to its end, and where a batch is one, between batches.
+    children = trials
+    if trained is not None and config.early_stop is None:
+        children = min(trials, trained + config.batch_size - 1)
+    asked = getattr(config.controller, "latencies_per_trial", 0)  # without a training
+    measured = trials * (1 + asked)
     # Members of a pool share the networks.
     shares = sum(1 / _members(device) for device in config.devices)
     measuring_s = 0.0 if not shares else None
     if shares and measurement_s is not None:
-        measuring_s = trials * shares * measurement_s[0]
+        measuring_s = measured * shares * measurement_s[0]
     workers = num_workers(config)
     search_s = None
     if child_s is not None and measuring_s is not None and workers:
@@ -354,17 +359,18 @@ def estimate(
     retrain_hours = _retrain_hours(config, child_s[0] if child_s else None)
     money = accelerator = None
     npus = config.executor.npus if isinstance(config.executor, RayConfig) else 0
-    if child_hours is not None:
-        accelerator = npus * (child_hours + (retrain_hours or 0.0))
-    if price is not None and search_s is not None and workers:
-        money = price * (workers * search_s / 3600 + (retrain_hours or 0.0))
+    # What the full trainings take is not left out where it is not known.
+    if child_hours is not None and retrain_hours is not None:
+        accelerator = npus * (child_hours + retrain_hours)
+    if price is not None and search_s is not None and retrain_hours is not None and workers:
+        money = price * (workers * search_s / 3600 + retrain_hours)
     return Estimate(
         seconds_per_child=child_s[0] if child_s else None,
         seconds_per_child_source=child_s[1] if child_s else None,
         seconds_per_measurement=measurement_s[0] if measurement_s else None,
         seconds_per_measurement_source=measurement_s[1] if measurement_s else None,
         children=children,
-        measurements=trials * len(config.devices),
+        measurements=measured * len(config.devices),
         workers=workers,
         child_hours=child_hours,
         accelerator_hours=accelerator,

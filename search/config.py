@@ -198,7 +198,8 @@ class StopConfig:
 
     Attributes:
         trials: Number of proposals (the paper's 8,000).
-        trained: Number of trainings (proposals less those that reused a result).
+        trained: Number of networks trained to their end. It is looked at between batches (`async`:
+            between results), so that more may be.
         hours: Wall time over all sessions of the campaign.
         training_hours: Time of all trainings, summed over the workers: accelerator-hours, but for
             attempts that a kill or a dead worker cut short.

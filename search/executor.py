@@ -164,8 +164,11 @@ class SerialExecutor(Executor):
             self._warm = True
         job, submitted = self._queue.popleft()
         started = time.monotonic()
-        outcome = run_job(self._evaluator, job, self._time_limit_s)
-        return [ended(job, outcome, 1, started, submitted)]
+        attempts, outcome = 1, run_job(self._evaluator, job, self._time_limit_s)
+        if isinstance(outcome, Failure) and not outcome.confirmed:
+            # Whose fault it is, a second one tells.
+            attempts, outcome = 2, run_job(self._evaluator, job, self._time_limit_s)
+        return [ended(job, outcome, attempts, started, submitted)]
 
     def quiesce(self) -> None:
         """Nothing runs between calls of `wait`."""

@@ -70,6 +70,9 @@ def round_filters(filters: int, multiplier: float) -> int:
 def scale_width(architecture: Architecture, multiplier: float) -> Architecture:
     """Return the network with the stem and every block (not the head) scaled in width.
 
+    A block of one layer that changes the number of channels has no identity, and gets none where
+    rounding makes the numbers equal: its text does not say that it might have had one.
+
     Raises:
         ConfigError: The multiplier is not in (0, 16].
     """

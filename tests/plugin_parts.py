@@ -44,7 +44,7 @@ class FaultyEvaluator(Evaluator):
         fault = self._faults[number] if number < len(self._faults) else None
         if fault == "diverge":
             raise TrialFailed("diverged: loss was nan at step 3")
-        if fault == "raise":
+        if fault == "raise" or (fault == "raise_once" and self._first_time(architecture.hash)):
             raise RuntimeError("kernel launch failed\nwith a second line")
         if fault == "hang":
             time.sleep(600)

@@ -518,3 +518,13 @@ def test_an_extended_campaign_is_not_finished_until_it_is(tmp_path: Path) -> Non
     resume(folder, ["stop.trained=16"], Looking())
     assert set(said) == {None}
     assert summary()["stop_reason"].endswith("networks are trained")
+
+
+def test_whose_fault_an_unknown_error_is_a_second_attempt_tells(tmp_path: Path) -> None:
+    options = {"faults": ["raise"] * 4 + ["raise_once"] * 4, "folder": str(tmp_path)}
+    evaluator = {"class": "plugin_parts:FaultyEvaluator", "options": options}
+    start(plugin_config(tmp_path, evaluator=evaluator), tmp_path / "run")
+    trials = [t for t in Store(tmp_path / "run" / "campaign.db", read_only=True).trials()]
+    once = [t for t in trials if int(t.architecture_hash, 16) % 8 >= 4]
+    assert {trial.outcome for trial in once} == {"completed"}
+    assert {trial.outcome for trial in trials if trial not in once} == {"failed"}

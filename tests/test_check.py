@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -285,3 +286,33 @@ def test_a_few_steps_tell_the_time_of_a_real_training(tmp_path: Path) -> None:
         # The steps that are left out are in the estimate.
         assert network.child_s > 60 * network.step_s
         assert network.accuracy is None
+
+
+def test_the_estimate_says_no_sum_where_a_part_is_not_known() -> None:
+    # Its full trainings read other images than its children: their time is not known.
+    config = load_campaign_config("fashion_mnist", ["executor.npus=1"])
+    found = estimate(config, child_s=(30.0, "stated"), measurement_s=(0.5, "stated"), price=1.0)
+    assert found.search_hours is not None
+    assert (found.retrain_hours, found.money, found.accelerator_hours) == (None, None, None)
+    found = estimate(
+        replace(config, retrain=None), child_s=(30.0, "stated"), measurement_s=(0.5, "stated"),
+        price=1.0,
+    )  # fmt: skip
+    assert found.money == pytest.approx(2 * (found.search_hours or 0.0))
+
+
+def test_latencies_that_are_asked_for_alone_are_measurements_too() -> None:
+    settings = ["controller={name: guided, latencies_per_trial: 4}", "stop.trials=100"]
+    config = load_campaign_config("mnasnet_a1_laptop", settings)
+    found = estimate(config, child_s=(0.0, "stated"), measurement_s=(1.0, "stated"))
+    assert found.measurements == 500
+    assert found.measuring_hours == pytest.approx(500 / 3600)
+
+
+def test_with_early_stop_children_may_be_as_many_as_trials() -> None:
+    early = ["early_stop={quantile: 0.5}", "evaluator.recipe.epochs=4"]
+    for settings, most in (([], 103), (early, 1000)):
+        config = load_campaign_config(
+            "digits", ["stop.trials=1000", "stop.trained=100", *settings]
+        )
+        assert estimate(config, child_s=None, measurement_s=None).children == most

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 
@@ -13,6 +14,7 @@ from toy_spaces import best_of_seeds, completed, toy_space
 from controller.base import Outcome, Proposal, Result
 from controller.evolution import Evolution, EvolutionConfig
 from controller.random_search import RandomConfig
+from controller.seen import Seen
 from space.errors import ConfigError
 from space.records import build
 from space.tokens import Tokens
@@ -171,3 +173,13 @@ def test_evolution_beats_random_search_and_comes_near_the_optimum() -> None:
     random = best_of_seeds(RandomConfig(), space, 20)
     assert (evolution > random).sum() >= 18
     assert (evolution >= 0.95).sum() >= 14
+
+
+def test_the_last_tokens_of_a_small_space_are_found() -> None:
+    num_choices = (10, 10, 10, 10)
+    seen, rng = Seen(num_choices), np.random.default_rng(0)
+    every = list(itertools.product(*map(range, num_choices)))
+    left = {every[k] for k in rng.choice(len(every), 5, replace=False)}
+    seen.add(tokens for tokens in every if tokens not in left)
+    assert {seen.fresh(every[0], rng) for _ in range(5)} == left
+    assert seen.is_whole_space

@@ -22,7 +22,7 @@ from PIL import Image
 
 from retrain import export, standalone
 from retrain.augment import evaluation_view
-from retrain.checkpoint import Checkpoint, Training, save_checkpoint
+from retrain.checkpoint import Checkpoint, Training, load_checkpoint, save_checkpoint
 from retrain.commands import export_command
 from retrain.config import DataConfig, Recipe
 from retrain.data import DataSet, Normalisation, load_data
@@ -221,7 +221,8 @@ def test_the_module_is_tidy_whatever_the_classes_are_called(
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom)
     }
-    assert imported == {"__future__", "argparse", "typing", "mindspore", "numpy"}
+    # Pillow comes with MindSpore.
+    assert imported == {"__future__", "argparse", "typing", "mindspore", "numpy", "PIL"}
 
 
 def test_the_template_is_the_module_of_a1() -> None:
@@ -244,12 +245,19 @@ def test_the_module_cuts_images_as_the_training_s_evaluation_does(tmp_path: Path
     (tmp_path / "cutting.py").write_text(python_module(made))
     noise = np.random.default_rng(0).integers(0, 256, (37, 50, 3), dtype=np.uint8)
     Image.fromarray(noise).save(tmp_path / "noise.png")
+    # 16 bits of gray, which Pillow would clip at 255.
+    deep = np.random.default_rng(1).integers(0, 65536, (37, 50), dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
     (tmp_path / "cut.py").write_text(
-        "import numpy, cutting; numpy.save('pixels.npy', cutting.read_image('noise.png'))"
+        "import numpy, cutting\n"
+        "for name in ('noise', 'deep'):\n"
+        "    numpy.save(name + '.npy', cutting.read_image(name + '.png'))\n"
     )
     python("cut.py", cwd=tmp_path)
-    expected = evaluation_view(noise, 12, augment)
-    np.testing.assert_array_equal(np.load(tmp_path / "pixels.npy").transpose(1, 2, 0), expected)
+    gray = (deep >> 8).astype(np.uint8)[:, :, None].repeat(3, axis=2)
+    for name, image in (("noise", noise), ("deep", gray)):
+        cut = np.load(tmp_path / f"{name}.npy").transpose(1, 2, 0)
+        np.testing.assert_array_equal(cut, evaluation_view(image, 12, augment))
 
 
 @pytest.mark.slow
@@ -271,6 +279,9 @@ def test_the_module_as_a_script_names_the_classes_of_images(digits: Path, tmp_pa
     for number, best in enumerate(expected):
         assert f"\n{number}.png: {best} " in printed
     assert "random pixels: " in python("model.py", str(digits), cwd=tmp_path)
+    # MindSpore's own files hold texts beside the weights.
+    save_checkpoint(tmp_path / "same.ckpt", load_checkpoint(digits))
+    assert python("model.py", "same.ckpt", "0.png", cwd=tmp_path).startswith(size)
 
 
 def test_the_script_refuses_other_weights_with_a_sentence(digits: Path, tmp_path: Path) -> None:

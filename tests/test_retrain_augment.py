@@ -182,6 +182,8 @@ def test_with_both_alphas_half_of_the_batches_are_cut_and_cutmix_prob_leaves_som
             "augment.color_jitter must be left out",
         ),
         ({"mean": [0.5, 0.5, 0.5]}, "augment.std must be given where mean is"),
+        ({"mean": [0.5, 0.5], "std": [0.2]}, "std must have as many numbers as mean, 2, but got"),
+        ({"mean": [0.5], "std": [0.0]}, "std must be in"),
         ({"re_value": 3}, "augment.re_value"),
     ],
 )

@@ -176,6 +176,18 @@ def test_an_unfinished_training_is_only_touched_to_resume_it(tmp_path: Path, rec
         train_command(recipe, TINY_TEXT, out=tmp_path)
 
 
+def test_a_training_that_stopped_before_its_first_step_may_be_corrected(
+    tmp_path: Path, recipe: str
+) -> None:
+    out, settings = tmp_path / "out", ("epochs=1", "frozen_stages=99")
+    with pytest.raises(ConfigError, match="frozen_stages"):
+        train_command(recipe, TINY_TEXT, out=out, threads=1, overrides=settings)
+    assert (out / "recipe.yaml").exists()
+    assert (
+        train_command(recipe, TINY_TEXT, out=out, threads=1, overrides=("epochs=1",)) is not None
+    )
+
+
 def test_a_folder_that_another_process_trains_into_is_refused(tmp_path: Path, recipe: str) -> None:
     with (
         filelock.FileLock(tmp_path / ".lock"),

@@ -16,6 +16,7 @@ from retrain.config import AugmentConfig, DataConfig
 from retrain.data import (
     DataSet,
     Split,
+    _held_out_counts,
     class_names,
     epoch_order,
     eval_batches,
@@ -457,3 +458,21 @@ def test_a_class_that_only_the_validation_folder_has_is_named(folder: Path) -> N
 def test_a_folder_without_train_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train does not exist"):
         load_data(DataConfig("image_folder", path=str(tmp_path)), 8, 1)
+
+
+def test_a_number_of_validation_images_leaves_every_class_one() -> None:
+    sizes = np.array([1] * 100 + [900])
+    counts = _held_out_counts(sizes, DataConfig("digits", validation_images=100))
+    assert counts.sum() == 100
+    assert (counts[:100] == 0).all()
+    with pytest.raises(ConfigError, match="must be at most 4, so that every class keeps an image"):
+        _held_out_counts(
+            np.array([1, 1, 1, 1, 1, 1, 5]), DataConfig("digits", validation_images=5)
+        )
+
+
+def test_the_normalisation_is_that_of_all_pixels_together() -> None:
+    data = load_data(DataConfig("digits"), 8, 1)
+    pixels = data.train.views(np.arange(len(data.train))).astype(np.float64) / 255
+    assert data.normalisation.mean == (round(float(pixels.mean()), 4),)
+    assert data.normalisation.deviation == (round(float(pixels.std()), 4),)

@@ -78,8 +78,8 @@ def test_finetuning_gives_the_network_new_classes_and_leaves_frozen_stages_alone
     made = load_checkpoint(tmp_path / "out" / "model.safetensors")
     assert made.architecture == dataclasses.replace(TINY, classes=4)
     assert made.classes == ("class00", "class01", "class02", "class03")
-    # The weights are for this style and this normalisation.
-    assert made.style == NetworkStyle("symmetric", 1e-5, 0.9)
+    # The weights are for this padding, epsilon and normalisation; the momentum is the recipe's.
+    assert made.style == NetworkStyle("symmetric", 1e-5, 0.99)
     assert made.normalisation == Normalisation((0.25,), (0.5,))
     start = load_checkpoint(weights).weights
     kept = {n for n, value in made.weights.items() if np.array_equal(value, start[n])}
