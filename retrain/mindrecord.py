@@ -333,10 +333,12 @@ def _images_hash(rows: list[tuple[Path, int]]) -> str:
     digest = hashlib.sha256()
     for file, label in rows:
         try:
-            size = file.stat().st_size
+            found = file.stat()
         except OSError as error:
             raise _unreadable(file, error) from None
-        digest.update(f"{_name(file)}\0{label}\0{size}\n".encode())
+        # By size and time: an image that was replaced is packed anew, whatever its size.
+        known = f"{_name(file)}\0{label}\0{found.st_size}\0{found.st_mtime_ns}\n"
+        digest.update(known.encode())
     return digest.hexdigest()
 
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from filelock import FileLock
 from image_folders import make_image_folder
+from PIL import Image
 
 from retrain import data_cli, mindrecord
 from retrain.data import class_names, load_data, train_batches
@@ -258,3 +259,17 @@ def test_the_command_writes_and_the_check_names_every_unreadable_image(
     named = capsys.readouterr().out
     assert "class00/0.jpg" in named
     assert "class03/1.jpg" in named
+
+
+def test_an_image_that_was_replaced_by_one_as_large_is_packed_anew(
+    folder: Path, tmp_path: Path
+) -> None:
+    image = sorted((folder / "train").rglob("*.*"))[0].with_suffix(".bmp")
+    for value in (10, 200):
+        Image.fromarray(np.full((20, 20, 3), value, np.uint8)).save(image)
+        convert(folder, tmp_path / "out")
+        data = load_data(DataConfig("mindrecord", path=str(tmp_path / "out")), 16, 3, RECIPE)
+        seen = data.train.views(np.arange(len(data.train)))
+        assert (seen.reshape(len(seen), -1) == value).all(axis=1).any()
+        load_data.cache_clear()
+        os.utime(image, ns=(1, 1))
