@@ -23,8 +23,8 @@ they are taken again, up to four times.
 
 1. Which take about the target? One quick measurement is a noisy one, so a latency table is fitted
    to all of the campaign's and asked. The 15 are the most accurate ones there, those first that
-   the controller's own models recommend. Five of them come first and show by how much the table is
-   off; the rest are taken where that puts the target.
+   the controller's own models recommend. Each shows by how much the table is off, and the next one
+   is taken where all of them so far put the target.
 2. In order of their new accuracies, those near the target are measured up to nine times. The first
    one whose median is within 1.5 % of the projection's latency is the campaign's network; where
    none is, the one with the best reward.
@@ -75,11 +75,11 @@ from space.search_space import load_space
 
 CONFIG = "mnasnet_a1_laptop"
 #: Of these rules; a result of others is made anew.
-PROTOCOL = 5
-#: How many networks are judged, and how many of them before the rest are chosen.
-FINALISTS, FIRST = 15, 5
+PROTOCOL = 6
+#: How many networks are judged.
+FINALISTS = 15
 #: How near the target they are by the table, as a fraction of it; more, if there are few.
-WINDOW = 0.04
+WINDOW = 0.03
 #: How often the chosen network is measured again, in turn with the projection.
 FRESH_ROUNDS = 9
 #: How many new seeds a finalist is "trained" with.
@@ -192,22 +192,17 @@ def finish(run: Run, runs: Path, reference: Architecture) -> dict[str, Any]:
         run, reference, Objective(config.objective, target_ms), target_ms, config.evaluator
     )
     if run.objective == LANDS:
-        rows = [judge.row(trial) for trial in near_target(ranked, predicted, 1.0, FIRST)]
-        judged = {row["trial"] for row in rows}
-        rest = [trial for trial in ranked if trial.id not in judged]
-        # By how much the table is off, of the projection beside these: clocks alone.
-        shift = statistics.median(row["ratio"] / predicted[row["trial"]] for row in rows)
-        rows += map(judge.row, near_target(rest, predicted, 1 / shift, FINALISTS - len(rows)))
+        rows = finalists(ranked, predicted, judge.row)
         found = dict(chosen(rows, judge.measure_again))
     else:
-        rows, shift = [judge.row(trial) for trial in ranked], None
+        rows = [judge.row(trial) for trial in ranked]
         found = dict(max(rows, key=lambda row: row["reward"]))
     network = find_architecture(found["architecture"])
     found["fresh_ratios"] = [judge.pair(network)[0] for _ in range(FRESH_ROUNDS)]
     found["ratio"] = statistics.median(found["fresh_ratios"])
     result = {
         "protocol": PROTOCOL, "controller": run.group[0], "trials": run.trials,
-        "seed": run.seed, "target_ms": target_ms, "shift": shift,
+        "seed": run.seed, "target_ms": target_ms,
         "reference_ms": judge.references_ms,
         "reference_accuracy": judge.mean(reference), "finalists": rows, "found": found,
         "device": judge.meter.identity(), "versions": versions(),
@@ -246,16 +241,31 @@ def table_ratios(trials: list[Trial], reference: Architecture) -> dict[int, floa
     return {trial.id: float(ratio) for trial, ratio in zip(trials, ratios, strict=True)}
 
 
-def near_target(
-    ranked: list[Trial], ratios: dict[int, float], target: float, count: int
-) -> list[Trial]:
-    """Return the first `count` whose ratio is near `target`; fewer, if there are fewer."""
-    window = WINDOW
-    while True:
-        near = [trial for trial in ranked if abs(ratios[trial.id] / target - 1) <= window]
-        if len(near) >= min(count, len(ranked)):
-            return near[:count]
-        window *= 1.5
+def finalists(
+    ranked: list[Trial],
+    predicted: dict[int, float],
+    judged: Callable[[Trial], dict[str, Any]],
+) -> list[dict[str, Any]]:
+    """Judge the most accurate networks that take about the target, and return their rows.
+
+    The table may be off by a factor, of the reference beside these networks: each row tells, and
+    the next network is the most accurate one where all rows so far put the target.
+    """
+    rows: list[dict[str, Any]] = []
+    left, off = list(ranked), 1.0
+    while left and len(rows) < FINALISTS:
+        trial = near_target(left, predicted, 1 / off)
+        left.remove(trial)
+        rows.append(judged(trial))
+        off = statistics.median(row["ratio"] / predicted[row["trial"]] for row in rows)
+    return rows
+
+
+def near_target(ranked: list[Trial], ratios: dict[int, float], target: float) -> Trial:
+    """Return the first one whose ratio is near `target`, or as near as there is one."""
+    nearest = min(abs(ratios[trial.id] / target - 1) for trial in ranked)
+    window = max(WINDOW, nearest)
+    return next(trial for trial in ranked if abs(ratios[trial.id] / target - 1) <= window)
 
 
 class Judge:
