@@ -18,13 +18,13 @@ class Comparison:
     """Two networks measured in turn, first, second, first, second, ...
 
     Attributes:
-        first_ms: Median of every measurement of the first network, in the order taken.
+        first_ms: Median of the first network in every round, in the order taken.
         second_ms: Likewise of the second.
         ratios: Second / first, round by round.
         ratio: Their median: how many times as long the second network takes.
         ratio_low: Lower end of its 95 % confidence interval (order statistics).
         ratio_high: Upper end.
-        noisy: How many of the measurements were noisy.
+        noisy: How many of these medians are of noisy or drifted times.
     """
 
     first_ms: tuple[float, ...]
@@ -56,7 +56,7 @@ def compare(
     """
     if rounds < FEWEST_ROUNDS:
         raise ValueError(f"rounds must be >= {FEWEST_ROUNDS}, but got {rounds}")
-    pairs = [(meter.measure(first), meter.measure(second)) for _ in range(rounds)]
+    pairs = meter.measure_in_turn(first, second, rounds)
     ratios = tuple(b.median_ms / a.median_ms for a, b in pairs)
     low, high = median_interval(np.asarray(ratios))
     return Comparison(
@@ -66,5 +66,5 @@ def compare(
         ratio=float(np.median(ratios)),
         ratio_low=low,
         ratio_high=high,
-        noisy=sum(m.verdict != "ok" for pair in pairs for m in pair),
+        noisy=sum(not timed.is_good for pair in pairs for timed in pair),
     )

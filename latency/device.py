@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal, NamedTuple, cast
 
 from pydantic import Field
 
@@ -24,7 +24,7 @@ from space.records import build, find_config, load_yaml, record
 
 __all__ = [
     "AscendConfig", "CommandConfig", "DeviceConfig", "LatencyMeter", "OnnxRuntimeConfig",
-    "Outcome", "PoolConfig", "SshConfig", "in_full", "load_device", "make_meter",
+    "Outcome", "PoolConfig", "SshConfig", "Timed", "in_full", "load_device", "make_meter",
     "measured_or_why", "only_measurement", "resolve_members",
 ]  # fmt: skip
 
@@ -68,6 +68,13 @@ DeviceConfig = Annotated[
     OnnxRuntimeConfig | SshConfig | CommandConfig | AscendConfig | PoolConfig,
     Field(discriminator="kind"),
 ]
+
+
+class Timed(NamedTuple):
+    """A network's median time in one of several rounds, and whether it is a good one."""
+
+    median_ms: float
+    is_good: bool
 
 
 #: A network with its time, or with the reason why there is none.
@@ -121,6 +128,23 @@ class LatencyMeter(ABC):
         """
         for architecture in architectures:
             yield architecture, measured_or_why(self, architecture, style)
+
+    def measure_in_turn(
+        self, first: Architecture, second: Architecture, rounds: int
+    ) -> list[tuple[Timed, Timed]]:
+        """Return two networks' times, measured in turn so that what slows the device slows both.
+
+        Here a round is a measurement of each; a meter that can keep both networks open takes
+        single inferences in turn.
+
+        Raises:
+            MeasurementError: A measurement gives no figure.
+        """
+        pairs = [(self.measure(first), self.measure(second)) for _ in range(rounds)]
+        return [
+            (Timed(a.median_ms, a.verdict == "ok"), Timed(b.median_ms, b.verdict == "ok"))
+            for a, b in pairs
+        ]
 
 
 def measured_or_why(

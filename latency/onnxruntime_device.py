@@ -14,12 +14,13 @@ import platform
 import socket
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import psutil
 
 from latency import runner
 from latency.config import OnnxRuntimeConfig
-from latency.device import LatencyMeter
+from latency.device import LatencyMeter, Timed
 from latency.fits import needed_bytes
 from latency.host import CpuTimes, check_memory
 from latency.lock import host_lock
@@ -33,6 +34,7 @@ from latency.runs import (
     runner_settings,
     to_measurement,
 )
+from latency.timing import is_noisy
 from space.architecture import PAPER_STYLE, Architecture, NetworkStyle
 from space.errors import ConfigError, MeasurementError
 from space.records import did_you_mean
@@ -108,6 +110,31 @@ class OnnxRuntimeMeter(LatencyMeter):
                 return taken
             except MemoryError as error:
                 raise MeasurementError("memory ran out") from error
+
+    def measure_in_turn(
+        self, first: Architecture, second: Architecture, rounds: int
+    ) -> list[tuple[Timed, Timed]]:
+        """See LatencyMeter: inference by inference, a second of them a round."""
+        config = self._config
+        if config.own_process:  # one that ends with each network
+            return super().measure_in_turn(first, second, rounds)
+        networks = []
+        for architecture in (first, second):
+            settings = runner_settings(
+                config,
+                architecture,
+                needed_bytes=needed_bytes(architecture, config.batch),
+                known_pace_s=None,
+            )
+            model = model_file(config, architecture, PAPER_STYLE)
+            networks.append((model, runner.Settings(**settings)))
+        with host_lock(config.lock_timeout_s):
+            taken = runner.run_in_turn(networks, rounds)
+        first_s, second_s = (
+            [Timed(float(np.median(times)), not is_noisy(times, ())) for times in each]
+            for each in zip(*taken, strict=True)
+        )
+        return list(zip(first_s, second_s, strict=True))
 
     def _history(self) -> PaceHistory:
         """How fast the core has been, in this Python."""

@@ -18,9 +18,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnxruntime
@@ -34,8 +34,11 @@ from latency.host import (
     processor_name,
     resident_bytes,
 )
-from latency.timing import PROTOCOLS, Effort, Timing, probe, time_runs
+from latency.timing import FEWEST_SAMPLES, PROTOCOLS, Effort, Timing, probe, time_runs
 from space.errors import MeasurementError
+
+if TYPE_CHECKING:  # NumPy 1.20 and earlier have no such module
+    from numpy.typing import NDArray
 
 CPU_PROVIDER = "CPUExecutionProvider"
 
@@ -49,6 +52,9 @@ FEWEST_RUNNING = 0.95
 
 #: After the time limit, for ONNX Runtime to stop by itself; then an alarm ends the process.
 GRACE_S = 2.0
+
+#: Networks that are timed in turn: seconds of a round.
+ROUND_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -230,7 +236,7 @@ def _attempts(
 
 def _attempt(model: bytes, settings: Settings, cores: tuple[int, ...], deadline: float) -> Attempt:
     begun = CpuTimes()
-    images = np.random.default_rng(0).standard_normal(settings.shape, dtype=np.float32)
+    images = _images(settings)
     options = _session_options(settings, cores)
     run_options = onnxruntime.RunOptions()
 
@@ -241,20 +247,7 @@ def _attempt(model: bytes, settings: Settings, cores: tuple[int, ...], deadline:
 
     with _pinned(cores), _stopwatch(deadline, stop):
         before = resident_bytes()
-        session = _session(model, options, settings.provider)
-        binding = session.io_binding()
-        binding.bind_cpu_input(settings.input_name, images)
-        binding.bind_output(settings.output_name)
-
-        def run() -> None:
-            try:
-                session.run_with_iobinding(binding, run_options)
-            except Exception as error:  # ONNX Runtime's errors have no root of their own
-                raise MeasurementError(
-                    f"ONNX Runtime failed to run the network: {_first_line(error)}",
-                    cause="architecture",
-                ) from error
-
+        run = _opened(model, settings, options, run_options, images)
         # Elsewhere the processor's core only waits, and its pace says nothing.
         on_cpu = settings.provider == CPU_PROVIDER
         with _no_garbage_collection():
@@ -268,6 +261,77 @@ def _attempt(model: bytes, settings: Settings, cores: tuple[int, ...], deadline:
             ran_s, wall_s = time.thread_time() - ran_s, time.perf_counter() - before_s
         share = round(min(1.0, ran_s / wall_s), 3) if on_cpu else None
         return Attempt(timing, share, begun.others_share(), _growth(before, resident_bytes()))
+
+
+def _images(settings: Settings) -> NDArray[np.float32]:
+    return np.random.default_rng(0).standard_normal(settings.shape, dtype=np.float32)
+
+
+def _opened(
+    model: bytes,
+    settings: Settings,
+    options: onnxruntime.SessionOptions,
+    run_options: onnxruntime.RunOptions,
+    images: NDArray[np.float32],
+) -> Callable[[], None]:
+    """Open a session and return what runs the network once."""
+    session = _session(model, options, settings.provider)
+    binding = session.io_binding()
+    binding.bind_cpu_input(settings.input_name, images)
+    binding.bind_output(settings.output_name)
+
+    def run() -> None:
+        try:
+            session.run_with_iobinding(binding, run_options)
+        except Exception as error:  # ONNX Runtime's errors have no root of their own
+            raise MeasurementError(
+                f"ONNX Runtime failed to run the network: {_first_line(error)}",
+                cause="architecture",
+            ) from error
+
+    return run
+
+
+def run_in_turn(
+    networks: Sequence[tuple[bytes, Settings]], rounds: int
+) -> list[tuple[tuple[float, ...], ...]]:
+    """Return the milliseconds of inferences taken in turn: first, second, first, second, ...
+
+    Both sessions stay open, so that whatever changes from one second to the next meets all alike.
+
+    Args:
+        networks: Models and how they are run, on the same cores.
+        rounds: How many; one takes ROUND_S, or FEWEST_SAMPLES inferences of each network.
+
+    Returns:
+        For each round, each network's times.
+
+    Raises:
+        MeasurementError: There is no figure.
+    """
+    settings = networks[0][1]
+    check_memory(sum(each.needed_bytes for _, each in networks), memory_bytes())
+    cores = cores_to_use(settings.threads, settings.cores)
+    with _pinned(cores), _no_garbage_collection():
+        runs = [
+            _opened(
+                model, each, _session_options(each, cores), onnxruntime.RunOptions(), _images(each)
+            )
+            for model, each in networks
+        ]
+        _one_round(runs)  # to warm up
+        return [_one_round(runs) for _ in range(rounds)]
+
+
+def _one_round(runs: Sequence[Callable[[], None]]) -> tuple[tuple[float, ...], ...]:
+    taken_ms: tuple[list[float], ...] = tuple([] for _ in runs)
+    end = time.perf_counter() + ROUND_S
+    while len(taken_ms[0]) < FEWEST_SAMPLES or time.perf_counter() < end:
+        for run, times_ms in zip(runs, taken_ms, strict=True):
+            before = time.perf_counter()
+            run()
+            times_ms.append(1e3 * (time.perf_counter() - before))
+    return tuple(map(tuple, taken_ms))
 
 
 def _growth(before: tuple[int, int] | None, after: tuple[int, int] | None) -> int | None:

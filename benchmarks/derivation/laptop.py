@@ -14,22 +14,18 @@ repeated, a stopped one goes on.
 The target is the latency of A1's projection: the median of nine measurements at full precision,
 taken once, before the first campaign.
 
-Then 15 networks of each campaign are judged anew, as a campaign's finalists are: measured at full
-precision, in turn with A1's projection; and "trained" with three new seeds (the surrogate's noise
-is drawn anew), since the highest of many noisy accuracies is a lucky one.
-
-Two measurements in turn count if both reached their precision (a 95 % interval of 1.5 %); else
-they are taken again, up to four times.
+Then 15 networks of each campaign are judged anew, as a campaign's finalists are: timed against
+A1's projection, inference by inference in turn; and "trained" with three new seeds (the
+surrogate's noise is drawn anew), since the highest of many noisy accuracies is a lucky one.
 
 1. Which take about the target? One quick measurement is a noisy one, so a latency table is fitted
    to all of the campaign's and asked. The 15 are the most accurate ones there, those first that
    the controller's own models recommend. Each shows by how much the table is off, and the next one
    is taken where all of them so far put the target.
-2. In order of their new accuracies, those near the target are measured up to nine times. The first
-   one whose median is within 1.5 % of the projection's latency is the campaign's network; where
-   none is, the one with the best reward.
-3. It is measured again, nine times in turn with the projection: that is the latency in the table,
-   and the accuracy there is the surrogate's mean. Neither the search nor the choice saw these two.
+2. The one with the highest new accuracy of those within 1.5 % of the projection's latency is the
+   campaign's network; where there is none, the one with the best reward.
+3. It is timed anew, in turn with the projection: that is the latency in the table, and the
+   accuracy there is the surrogate's mean. Neither the search nor the choice saw these two.
 
 With another objective than `absolute`, as a fourth word, the 15 are those with the highest
 rewards, wherever they lie, and the best of them is the campaign's: `soft` and `hard` land on no
@@ -50,13 +46,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
-from latency.device import OnnxRuntimeConfig, load_device, make_meter
+from latency.compare import Comparison, compare
+from latency.device import load_device, make_meter
 from latency.lookup_table import LatencyPredictor, fit_table
-from latency.measurement import Measurement
 from retrain.launch import die_with_parent
 from search.accel_nasbench import AccelNasBenchConfig, AccelNasBenchEvaluator
 from search.campaign import open_to_read, read_config
@@ -75,21 +71,20 @@ from space.search_space import load_space
 
 CONFIG = "mnasnet_a1_laptop"
 #: Of these rules; a result of others is made anew.
-PROTOCOL = 6
+PROTOCOL = 7
 #: How many networks are judged.
 FINALISTS = 15
 #: How near the target they are by the table, as a fraction of it; more, if there are few.
 WINDOW = 0.03
-#: How often the chosen network is measured again, in turn with the projection.
-FRESH_ROUNDS = 9
+#: Seconds in which inferences of a finalist and of the projection are taken in turn, and in which
+#: those of the chosen one are, anew.
+ROUNDS, FRESH_ROUNDS = 8, 20
 #: How many new seeds a finalist is "trained" with.
 NEW_SEEDS = 3
-#: How often the projection is measured for the target, and a finalist beside it that is so near.
-TARGET_ROUNDS, NEAR, NEAR_ROUNDS = 9, 0.045, 9
-#: How near the median of these must be, so that new measurements are within LANDING.
+#: How often the projection is measured for the target.
+TARGET_ROUNDS = 9
+#: How near the target the chosen network must be, so that new measurements are within LANDING.
 CHOSEN = 0.015
-#: How often two measurements in turn are taken until both reach their precision.
-PAIR_TRIES = 4
 #: The objective whose campaigns land on the target and are held against the bars.
 LANDS = "absolute"
 #: Bars: how far the median campaign's network may be from the target, and its least gain.
@@ -193,17 +188,15 @@ def finish(run: Run, runs: Path, reference: Architecture) -> dict[str, Any]:
     )
     if run.objective == LANDS:
         rows = finalists(ranked, predicted, judge.row)
-        found = dict(chosen(rows, judge.measure_again))
+        found = dict(chosen(rows))
     else:
         rows = [judge.row(trial) for trial in ranked]
         found = dict(max(rows, key=lambda row: row["reward"]))
-    network = find_architecture(found["architecture"])
-    found["fresh_ratios"] = [judge.pair(network)[0] for _ in range(FRESH_ROUNDS)]
-    found["ratio"] = statistics.median(found["fresh_ratios"])
+    fresh = judge.in_turn(find_architecture(found["architecture"]), FRESH_ROUNDS)
+    found |= {"ratio": fresh.ratio, "ratio_interval": [fresh.ratio_low, fresh.ratio_high]}
     result = {
         "protocol": PROTOCOL, "controller": run.group[0], "trials": run.trials,
         "seed": run.seed, "target_ms": target_ms,
-        "reference_ms": judge.references_ms,
         "reference_accuracy": judge.mean(reference), "finalists": rows, "found": found,
         "device": judge.meter.identity(), "versions": versions(),
         "data_sha256": config.evaluator.sha256,
@@ -272,8 +265,7 @@ class Judge:
     """Measures and evaluates a campaign's networks anew.
 
     Attributes:
-        meter: The host at full precision.
-        references_ms: The projection's latencies, in the order in which they were taken.
+        meter: The host.
     """
 
     def __init__(
@@ -284,10 +276,7 @@ class Judge:
         target_ms: float,
         evaluator: AccelNasBenchConfig,
     ) -> None:
-        # Not each by itself, but pairs are taken again.
-        host = cast(OnnxRuntimeConfig, load_device("host"))
-        self.meter = make_meter(replace(host, attempts=1))
-        self.references_ms: list[float] = []
+        self.meter = make_meter(load_device("host"))
         self._run = run
         self._reference = reference
         self._objective = objective
@@ -299,18 +288,13 @@ class Judge:
         """Return the surrogate's accuracy without noise, a fraction."""
         return self._mean.evaluate(network, seed=0, time_limit_s=60).accuracy
 
-    def pair(self, network: Architecture) -> tuple[float, Measurement]:
-        """Measure the projection, then the network; return the ratio and the measurement.
+    def in_turn(self, network: Architecture, rounds: int) -> Comparison:
+        """Compare the projection and a network, inference by inference in turn.
 
-        In turn: what slows the host slows both. What comes and goes within seconds does not, so
-        a pair of which one ran into its time budget before its interval was narrow is taken again.
+        Neighbours on the host come and go within seconds: whole measurements in turn differ by
+        some 3 % each time there, these by half a percent.
         """
-        for _ in range(PAIR_TRIES):
-            reference, taken = self.meter.measure(self._reference), self.meter.measure(network)
-            if reference.environment["ending"] == taken.environment["ending"] == "narrow":
-                break
-        self.references_ms.append(reference.median_ms)
-        return taken.median_ms / reference.median_ms, taken
+        return compare(self.meter, self._reference, network, rounds)
 
     def row(self, trial: Trial) -> dict[str, Any]:
         """Return everything about one network."""
@@ -322,38 +306,28 @@ class Judge:
             self._noisy.evaluate(network, seed=int(seed), time_limit_s=60).accuracy
             for seed in seeds
         )
-        row = {
-            "trial": trial.id, "architecture": network.text, "searched_accuracy": trial.accuracy,
-            "observed_accuracy": accuracy, "accuracy": self.mean(network),
-            "searched_ms": trial.latency_ms, "ratios": [],
-        }  # fmt: skip
-        self.measure_again(row)
-        return row
-
-    def measure_again(self, row: dict[str, Any]) -> None:
-        """Measure a row's network once more; `ratio` is the median of its `ratios`."""
-        ratio, taken = self.pair(find_architecture(row["architecture"]))
-        row["ratios"].append(ratio)
-        row["ratio"], row["verdict"] = statistics.median(row["ratios"]), taken.verdict
-        latency = {"latency_ms": row["ratio"] * self._target_ms}
-        row["reward"], _ = self._objective.reward(row["observed_accuracy"], latency)
+        taken = self.in_turn(network, ROUNDS)
+        latency = {"latency_ms": taken.ratio * self._target_ms}
+        reward, _ = self._objective.reward(accuracy, latency)
         print(
-            f"{self._run}: judging trial {row['trial']}, measurement {len(row['ratios'])}:"
-            f" {row['ratio']:.3f} of the projection's latency, accuracy"
-            f" {row['observed_accuracy']:.4f}",
+            f"{self._run}: judged trial {trial.id}: {taken.ratio:.3f} of the projection's latency,"
+            f" accuracy {accuracy:.4f}",
             flush=True,
         )
+        return {
+            "trial": trial.id, "architecture": network.text, "searched_accuracy": trial.accuracy,
+            "observed_accuracy": accuracy, "accuracy": self.mean(network),
+            "searched_ms": trial.latency_ms, "latency_ms": statistics.median(taken.second_ms),
+            "ratio": taken.ratio, "ratio_interval": [taken.ratio_low, taken.ratio_high],
+            "reward": reward,
+        }  # fmt: skip
 
 
-def chosen(
-    rows: list[dict[str, Any]], measure_again: Callable[[dict[str, Any]], None]
-) -> dict[str, Any]:
+def chosen(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the finalist to hand over; the target comes first, as who gives one wants it met."""
-    for row in sorted(rows, key=lambda row: -row["observed_accuracy"]):
-        while abs(row["ratio"] - 1) <= NEAR and len(row["ratios"]) < NEAR_ROUNDS:
-            measure_again(row)
-        if abs(row["ratio"] - 1) <= CHOSEN:
-            return row
+    landed = [row for row in rows if abs(row["ratio"] - 1) <= CHOSEN]
+    if landed:
+        return max(landed, key=lambda row: row["observed_accuracy"])
     return max(rows, key=lambda row: row["reward"])
 
 
