@@ -126,7 +126,7 @@ def train_command(
     threads = request.threads or max(1, checked_threads(None) // size)
     recipe = load_recipe(request.config, request.overrides, data_dir=request.data_dir)
     start = make_start(recipe, request)
-    recipe, batch = fit_batch(start.recipe, size, scale_lr=request.scale_lr)
+    recipe, batch_note = fit_batch(start.recipe, size, scale_lr=request.scale_lr)
     plan = Plan(start.architecture, recipe, request.seed, start.sha256)
     out = _folder(request, plan)
     workers = _joined(threads, distribute) if size > 1 or distribute else None
@@ -146,7 +146,7 @@ def train_command(
         write_atomically(out / RECIPE, dump_yaml(recipe).encode())
         write_atomically(out / ARCHITECTURE, (start.architecture.text + "\n").encode())
         stack.enter_context(log_file(out / LOG, on_note or (lambda sentence: None)))
-        _note([batch, warmup_note(recipe.schedule, recipe.epochs), start.note], on_note)
+        _note([batch_note, warmup_note(recipe.schedule, recipe.epochs), start.note], on_note)
         shown = [on_progress] if on_progress is not None else []
         if request.tensorboard:
             done = steps_done(state, recipe.batch_size * recipe.accumulate * size)
@@ -291,10 +291,12 @@ def _keep_weights(out: Path, plan: Plan, state: TrainState) -> None:
         paths.append(out / EPOCHS / weights_name(recipe, f"epoch_{epoch:04d}"))
         old = weights_name(recipe, f"epoch_{epoch - kept.keep_last:04d}")
         (out / EPOCHS / old).unlink(missing_ok=True)
+    if not paths:
+        return
     network = plan.architecture
     data = load_data(recipe.data, network.resolution, network.input_channels, recipe.augment)
+    weights = state.evaluated_weights(network)
     for path in paths:
-        weights = state.evaluated_weights(network)
         _save_weights(path, plan, epoch, accuracy, weights, data)
 
 

@@ -18,11 +18,11 @@ from __future__ import annotations
 import logging
 from contextlib import AbstractContextManager
 
-from controller.base import Controller, state_from_bytes, state_to_bytes
+from controller.base import Controller, state_from_bytes
 from controller.ppo import PPOConfig
 from search.campaign import Campaign
 from search.executor import Executor, make_executor
-from search.loop import Search, Watcher, is_infrastructure, learn
+from search.loop import Search, Watcher
 from search.measuring_thread import MeasuringThread
 from search.parts import Parts
 from search.trial import Trial
@@ -61,13 +61,21 @@ class AsyncSearch(Search):
             ConfigError: A part of the configuration turns out not to work.
         """
         controller = self._restore()
+        waiting = self.store.open_trials()
+        if not waiting:
+            # Of a search that has ended only the hand-over may be left, which needs no workers.
+            self._learn_when_due(controller)
+            reason = self._tally.reason()
+            if reason is not None:
+                self._end(controller, reason)
+                return reason
         executor = make_executor(self.config.executor, self.config.evaluator)
-        self.watcher.phase("evaluate", 0)
-        if self.parts.meters:
-            self._measuring = MeasuringThread(self.store.path, self.parts.latencies)
-        self._tell_staleness(executor)
         try:
-            for trial in self.store.open_trials():
+            self.watcher.phase("evaluate", 0)
+            if self.parts.meters:
+                self._measuring = MeasuringThread(self.store.path, self.parts.latencies)
+            self._tell_staleness(executor)
+            for trial in waiting:
                 self._start(trial, executor)
             while True:
                 self._fill(controller, executor)
@@ -176,18 +184,7 @@ class AsyncSearch(Search):
         if len(self._unlearned) < size:
             return
         trials, self._unlearned = self._unlearned[:size], self._unlearned[size:]
-        learned = [trial for trial in trials if not is_infrastructure(trial)]
-        learn(controller, learned)
-        diagnostics = controller.diagnostics()
-        self._note_time()
-        self.store.commit_update(
-            self._updates,
-            [trial.id for trial in learned],
-            diagnostics,
-            state_to_bytes(controller.state_dict()),
-        )
-        self._note_batch(self._updates, trials, learned)
-        self.watcher.update(self._updates, diagnostics)
+        self._commit(controller, self._updates, trials, state=True)
         self._updates += 1
 
     def _restore(self) -> Controller:

@@ -156,8 +156,9 @@ class RayConfig:
         trials_per_process: A worker's process is replaced after so many trials, since MindSpore
             does not give all memory back.
         max_memory_mb: ... or when its resident memory exceeds this.
-        time_limit_s: A trial that takes longer fails.
-        retries: How often a trial whose worker died is tried again on another one.
+        time_limit_s: A trial that takes longer fails; after a second time, if `retries` allows it.
+        retries: How often a trial whose worker died, or that failed by the machine's fault, is
+            tried again, on another worker.
     """
 
     name: Literal["ray"]
@@ -194,7 +195,7 @@ class RayConfig:
 
 @record
 class StopConfig:
-    """When the search ends: whichever comes first, or when all that is proposed was seen before.
+    """When the search ends: whichever comes first, or when hardly anything new is proposed.
 
     Attributes:
         trials: Number of proposals (the paper's 8,000).

@@ -23,14 +23,14 @@ from typing import Any, Protocol
 
 from search.campaign import Campaign
 from search.campaign_log import tell_end
-from search.loop import FULL_TRAINING, MEAN_METRICS, is_infrastructure, trial_seed
+from search.loop import FULL_TRAINING, MEAN_METRICS, trial_seed
 from search.measuring import INT8_ACCURACY, in_int8
 from search.objective import Objective
 from search.pareto import best_networks
 from search.parts import Parts
 from search.retrain_command import SILENCE_LIMIT_S, run_retrain
 from search.store import FULL_TRAININGS, Store
-from search.trial import Failure, Trial
+from search.trial import Failure, Trial, is_infrastructure
 from space.errors import ConfigError, MeasurementError, TrialFailed
 from space.files import write_atomically
 from space.records import dump_yaml

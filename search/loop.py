@@ -28,7 +28,7 @@ from search.measuring import Figures
 from search.objective import Objective
 from search.parts import Parts
 from search.stop import Tally
-from search.trial import Failure, Trial
+from search.trial import Failure, Trial, is_infrastructure
 from search.warm_start import carry_over
 from space.architecture import Architecture
 from space.cost import count
@@ -421,14 +421,24 @@ class Search:
 
     def _update(self, controller: Controller, trials: Sequence[Trial]) -> None:
         """Transaction (c). The infrastructure's failures are withheld from the controller."""
-        batch = trials[0].batch
+        self._commit(controller, trials[0].batch, trials)
+
+    def _commit(
+        self, controller: Controller, number: int, trials: Sequence[Trial], *, state: bool = False
+    ) -> None:
+        """Let the controller learn, and record that; with its `state` where none else tells it."""
         learned = [trial for trial in trials if not is_infrastructure(trial)]
         learn(controller, learned)
         diagnostics = controller.diagnostics()
         self._note_time()
-        self.store.commit_update(batch, [trial.id for trial in learned], diagnostics)
-        self._note_batch(batch, trials, learned)
-        self.watcher.update(batch, diagnostics)
+        self.store.commit_update(
+            number,
+            [trial.id for trial in learned],
+            diagnostics,
+            state_to_bytes(controller.state_dict()) if state else None,
+        )
+        self._note_batch(number, trials, learned)
+        self.watcher.update(number, diagnostics)
 
     def _note_batch(self, number: int, trials: Sequence[Trial], learned: Sequence[Trial]) -> None:
         """Count a batch, and those of it that the controller has learned from, for the rules."""
@@ -537,11 +547,6 @@ def learn(controller: Controller, trials: Sequence[Trial]) -> None:
     others = [result_of(trial) for trial in trials if trial.role != "search"]
     if others:
         controller.observe(others)
-
-
-def is_infrastructure(trial: Trial) -> bool:
-    """Whether a failure is the machine's: it is withheld from the controller."""
-    return trial.failure is not None and trial.failure.cause == "infrastructure"
 
 
 def result_of(trial: Trial) -> Result:

@@ -126,6 +126,7 @@ class RayExecutor(Executor):
 
     Raises:
         ConfigError: The cluster cannot be reached or has not the CPUs asked for.
+        MnasError: Another job holds them.
     """
 
     def __init__(self, config: RayConfig, evaluator: EvaluatorChoice) -> None:
@@ -482,7 +483,7 @@ class RayExecutor(Executor):
                 self._avoid(waiting, slot, running.node)
             return self._again(waiting, f"its worker died ({gist(error)})")
         failure = Failure(
-            f"its worker died {waiting.attempts} times: {gist(error)}",
+            f"its worker died {waiting.workers_killed} times: {gist(error)}",
             "infrastructure",
             str(error)[-4000:],
             quarantined=waiting.workers_killed > max(1, self._config.retries),

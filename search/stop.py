@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 from search.config import StopConfig
 from search.store import Store
-from search.trial import Trial
+from search.trial import Trial, is_infrastructure
 
 #: So many batches in a row of which 95 % only repeat earlier networks end the search.
 REPEATING_BATCHES = 5
@@ -137,5 +137,5 @@ def repeats(trials: Sequence[Trial]) -> tuple[int, int]:
 
     Without the machine's failures, which the controller does not learn from.
     """
-    told = [t for t in trials if t.failure is None or t.failure.cause != "infrastructure"]
+    told = [trial for trial in trials if not is_infrastructure(trial)]
     return sum(trial.reused_from is not None for trial in told), len(told)

@@ -3,11 +3,12 @@
     begin_batch     (a) a batch's proposals with their seeds and the controller's state, before
                         anything is submitted
     finish_trial    (b) each result as it ends, together with nothing else
-    commit_update   (c) a marker that names the results the controller learned from, in order
+    commit_update   (c) a marker that names the results the controller learned from, in order; in
+                        mode `async` with the controller's state, since updates follow no batch
 
-Resume = the state of the last (a) + the update of a marked batch that came after it + evaluation
-of proposals without a result. One process writes (search/campaign.py holds the lock); readers open
-the file read-only and keep their transactions short.
+Resume = the state of the last (a), or (c), + the update of a marked batch that came after it +
+evaluation of proposals without a result. One process writes (search/campaign.py holds the lock);
+readers open the file read-only and keep their transactions short.
 """
 
 from __future__ import annotations
@@ -333,12 +334,9 @@ class Store:
             raise ValueError(f"measurement_id must be in the database, but got {measurement_id}")
         return _measurement(row[0])
 
-    def measurement_verdicts(
-        self, ids: Sequence[int] | None = None
-    ) -> dict[int, tuple[str, float, float]]:
-        """Return id -> (verdict, median_ms, iqr_ms) of all measurements, or of those named."""
-        select = "SELECT id, verdict, median_ms, iqr_ms FROM measurement"
-        rows = self._db.execute(select) if ids is None else self._by_id(select, ids)
+    def measurement_verdicts(self, ids: Sequence[int]) -> dict[int, tuple[str, float, float]]:
+        """Return id -> (verdict, median_ms, iqr_ms) of measurements."""
+        rows = self._by_id("SELECT id, verdict, median_ms, iqr_ms FROM measurement", ids)
         return {row[0]: (row[1], row[2], row[3]) for row in rows}
 
     def set_meta(self, key: str, value: Any) -> None:
@@ -402,10 +400,10 @@ class Store:
             batch: Only this batch's.
             role: Only this role's; None takes all of the search's.
         """
-        conditions: dict[str, Any] = {_SEARCHED: None} if role is None else {"role = ?": role}
+        conditions, values = ([_SEARCHED], []) if role is None else (["role = ?"], [role])
         if batch is not None:
-            conditions["batch = ?"] = batch
-        values = [value for value in conditions.values() if value is not None]
+            conditions.append("batch = ?")
+            values.append(str(batch))
         return list(self._trials(f"WHERE {' AND '.join(conditions)} ORDER BY id", values))
 
     def others(self) -> list[Trial]:

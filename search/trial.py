@@ -33,6 +33,11 @@ class Failure:
     quarantined: bool = False
 
 
+def is_infrastructure(trial: Trial) -> bool:
+    """Whether a failure is the machine's: it is withheld from the controller."""
+    return trial.failure is not None and trial.failure.cause == "infrastructure"
+
+
 @record
 class RewardParts:
     """How a reward came about, so that tables explain themselves.

@@ -206,7 +206,7 @@ def test_a_policy_that_only_repeats_itself_is_stopped_with_a_sentence(tmp_path: 
     ("override", "fail_share", "sentence"),
     [
         ("stop.trained=10", 0.0, "networks are trained"),
-        ("stop.training_hours=1e-5", 0.0, "1e-05 hours of training are spent"),
+        ("stop.training_hours=1e-4", 0.0, "0.0001 hours of training are spent"),
         ("stop.no_improvement=16", 0.0, "was better than trial"),
         ("stop.failed_in_a_row=16", 1.0, "trials all failed: diverged"),
     ],

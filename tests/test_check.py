@@ -278,6 +278,7 @@ def test_a_cluster_decides_the_number_of_workers_that_is_not_given(tmp_path: Pat
 def test_a_few_steps_tell_the_time_of_a_real_training(tmp_path: Path) -> None:
     config = load_campaign_config("digits")
     report = checked(config, tmp_path, seconds_per_measurement=0.1, steps=4, repeats=0)
+    assert len(report.networks) == 5
     for network in report.networks:
         assert network.failure is None
         assert network.step_s is not None

@@ -25,6 +25,8 @@ from search.store import Store
 from space.errors import ConfigError
 from space.mnasnet import find_architecture
 
+#: In the environment of what this run starts.
+MARK = f"MNAS_TEST_{os.getpid()}"
 SLOWLY = ["evaluator.seconds=0.1", "evaluator.slowest_seconds=0.5"]
 
 
@@ -33,6 +35,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A cluster whose head has no CPUs, so that every worker is on a node that may die."""
     from ray.cluster_utils import Cluster
 
+    monkeypatch.setenv(MARK, "1")
     # What a user's own classes need on every node of a cluster.
     monkeypatch.setenv("PYTHONPATH", str(TESTS), prepend=os.pathsep)
     # A dead node is noticed after 3 s instead of 20; a slow one still gets Ray's 10 s to answer.
@@ -75,12 +78,13 @@ def until(condition: Callable[[], bool], timeout_s: float = 60) -> None:
 
 
 def workers() -> list[psutil.Process]:
-    """The processes of campaign workers on this machine."""
+    """The processes of this run's campaign workers, and of nobody else's."""
     found = []
     for process in psutil.process_iter(["cmdline"]):
         command = process.info["cmdline"] or [""]
-        if command[0].startswith("ray::Worker"):
-            found.append(process)
+        with contextlib.suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            if command[0].startswith("ray::Worker") and MARK in process.environ():
+                found.append(process)
     return found
 
 

@@ -57,6 +57,7 @@ def kill_after(folder: Path, lines: int) -> bytes:
         while not journal.exists() or journal.read_bytes().count(b"\n") < lines:
             assert process.poll() is None
             assert time.monotonic() < deadline
+            time.sleep(0.02)
         process.send_signal(signal.SIGKILL)
     return journal.read_bytes()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -280,11 +280,21 @@ def test_a_space_without_decisions_is_refused() -> None:
         make_policy(())
 
 
+@pytest.fixture
+def eagerly() -> Iterator[None]:
+    import mindspore as ms
+
+    before = ms.get_context("mode")
+    ms.set_context(mode=ms.PYNATIVE_MODE)
+    yield
+    ms.set_context(mode=before)
+
+
+@pytest.mark.usefixtures("eagerly")
 def test_the_gradient_equals_mindspores_autodiff() -> None:
     import mindspore as ms
     from mindspore import ops
 
-    ms.set_context(mode=ms.PYNATIVE_MODE)
     policy = make_policy(tanh_constant=2.0, temperature=1.3, exploration=0.5)
     tokens = policy.sample(6, np.random.default_rng(1)).tokens
     evaluation = policy.evaluate(tokens)

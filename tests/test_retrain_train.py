@@ -280,8 +280,10 @@ def test_on_an_npu_the_device_is_chosen_once(monkeypatch: pytest.MonkeyPatch) ->
     chosen: list[str] = []
     monkeypatch.setattr(ms, "get_context", lambda key: "Ascend")
     monkeypatch.setattr(ms, "set_device", chosen.append)
+    loop._take_device.cache_clear()
     loop.prepare_process(1)
     loop.prepare_process(1)
+    loop._take_device.cache_clear()
     assert chosen == ["Ascend"]
 
 

@@ -279,8 +279,9 @@ def test_the_earlier_devices_figures_are_not_carried_over(tmp_path: Path, earlie
             replace(t, metrics={"latency_ms": 9.0, "latency_ms:x": 9.0, "macs": 1.0})
             for t in trials
         ]
-        for trial in _members(known, space, measured=measured):
-            assert set(trial.metrics or {}) == names
+        members = list(_members(known, space, measured=measured))
+        assert len(members) == len(known)
+        assert all(set(trial.metrics or {}) == names for trial in members)
 
 
 def test_a_network_too_slow_for_the_earlier_device_is_measured_here(
@@ -293,6 +294,8 @@ def test_a_network_too_slow_for_the_earlier_device_is_measured_here(
         f"warm_start={{campaign: {earlier}, trials: 2}}",
     ]
     start(load(tmp_path / "new", *settings, trials=1, controller="random"), tmp_path / "new" / "r")
-    for trial in read(tmp_path / "new" / "r").trials(role="warm_start"):
+    carried = read(tmp_path / "new" / "r").trials(role="warm_start")
+    assert len(carried) == 2
+    for trial in carried:
         assert trial.outcome == "rejected"
         assert trial.measurement_ids
