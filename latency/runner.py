@@ -224,14 +224,18 @@ def _attempts(
             taken.append(_attempt(model, settings, cores, deadline))
         except _TimeIsUp:
             if not taken:
-                raise MeasurementError(
-                    f"the network took longer than time_limit_s ({settings.time_limit_s:g} s)",
-                    cause="architecture",
-                ) from None
+                raise _too_slow(settings) from None
             break
         if taken[-1].is_good:
             break
     return taken
+
+
+def _too_slow(settings: Settings) -> MeasurementError:
+    return MeasurementError(
+        f"the network took longer than time_limit_s ({settings.time_limit_s:g} s)",
+        cause="architecture",
+    )
 
 
 def _attempt(model: bytes, settings: Settings, cores: tuple[int, ...], deadline: float) -> Attempt:
@@ -301,7 +305,8 @@ def run_in_turn(
 
     Args:
         networks: Models and how they are run, on the same cores.
-        rounds: How many; one takes ROUND_S, or FEWEST_SAMPLES inferences of each network.
+        rounds: How many; one takes ROUND_S, or FEWEST_SAMPLES inferences of each network, and may
+            take as long as a measurement.
 
     Returns:
         For each round, each network's times.
@@ -312,15 +317,24 @@ def run_in_turn(
     settings = networks[0][1]
     check_memory(sum(each.needed_bytes for _, each in networks), memory_bytes())
     cores = cores_to_use(settings.threads, settings.cores)
+    run_options = onnxruntime.RunOptions()
+
+    def stop() -> None:
+        run_options.terminate = True
+
     with _pinned(cores), _no_garbage_collection():
         runs = [
-            _opened(
-                model, each, _session_options(each, cores), onnxruntime.RunOptions(), _images(each)
-            )
+            _opened(model, each, _session_options(each, cores), run_options, _images(each))
             for model, each in networks
         ]
-        _one_round(runs)  # to warm up
-        return [_one_round(runs) for _ in range(rounds)]
+        taken = []
+        for _ in range(rounds + 1):
+            try:
+                with _stopwatch(time.monotonic() + settings.time_limit_s, stop):
+                    taken.append(_one_round(runs))
+            except _TimeIsUp:
+                raise _too_slow(settings) from None
+        return taken[1:]  # the first one warms up
 
 
 def _one_round(runs: Sequence[Callable[[], None]]) -> tuple[tuple[float, ...], ...]:

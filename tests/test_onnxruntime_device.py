@@ -440,6 +440,8 @@ def test_a_graph_that_the_runtime_refuses_is_the_network_s_fault(
 
 def test_the_time_limit_ends_an_inference_that_is_under_way() -> None:
     slow = dataclasses.replace(SMALL, resolution=1024, stem_filters=64)
+    with pytest.raises(MeasurementError, match="longer than time_limit_s"):
+        meter(time_limit_s=0.2).measure_in_turn(SMALL, slow, 6)
     with pytest.raises(MeasurementError, match="longer than time_limit_s") as caught:
         meter(time_limit_s=0.2).measure(slow)
     assert caught.value.cause == "architecture"
