@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from search import check_cli, cli_parts
-from space.errors import ConfigError
+from space.errors import ConfigError, Interrupted
 from space.files import versions
 
 if TYPE_CHECKING:
@@ -178,12 +178,9 @@ def _run(
                     watcher = stack.enter_context(tracking)
                 outcome = run(campaign, parts, watcher)
         except KeyboardInterrupt:
-            console.print(
-                f"\nStopped. Nothing is lost; go on with: mnas resume {folder}",
-                markup=False,
-                soft_wrap=True,
-            )
-            raise typer.Exit(130) from None
+            raise Interrupted(
+                f"stopped; nothing is lost, go on with: mnas resume {folder}"
+            ) from None
     _print_outcome(console, outcome, as_json=as_json)
 
 

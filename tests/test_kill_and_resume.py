@@ -63,7 +63,8 @@ def test_ctrl_c_ends_within_five_seconds_says_how_to_go_on_and_resume_does(
     output, _ = process.communicate(timeout=30)
     assert time.monotonic() - interrupted < 5
     assert process.returncode == 130
-    assert f"mnas resume {folder}" in output
+    said = f"mnas: stopped; nothing is lost, go on with: mnas resume {folder}"
+    assert output.strip().splitlines()[-1] == said
     assert "Traceback" not in output
     done = mnas("resume", str(folder))
     assert done.returncode == 0, done.stderr
