@@ -27,7 +27,7 @@ from retrain.distributed import Workers
 from retrain.drop_path import DropPathFeatures
 from retrain.dropout import drop_path_mask, drop_path_rates, dropout_mask
 from retrain.ema import Averages
-from retrain.evaluate import Evaluation, evaluate
+from retrain.evaluate import Evaluation, evaluate, waited_for
 from retrain.loop import Loop
 from retrain.loss_scale import LossScale
 from retrain.optimizer import make_optimizer, set_learning_rate
@@ -159,8 +159,9 @@ def train(
             for epoch, accuracy in enumerate(state.accuracies, 1):
                 if on_epoch is not None:
                     on_epoch(epoch, accuracy)
-        loop.run(on_state)
-        validation = loop.validation or loop.validate()
+        with waited_for(trainer.network):
+            loop.run(on_state)
+            validation = loop.validation or loop.validate()
     except (RuntimeError, MemoryError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrialFailed(f"MindSpore failed: {reason}", detail=traceback.format_exc()) from error
