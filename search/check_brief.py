@@ -35,6 +35,8 @@ from space.records import record
 
 #: With more held-out images than this, a few steps are validated on so many.
 VALIDATION_IMAGES = 512
+#: Of the time of a training image, what a held-out one takes: half on a CPU, a third in theory.
+EVALUATED = 0.5
 #: A process may take so long to load its framework and its data, beside the trial's time limit.
 START_LIMIT_S = 180.0
 
@@ -64,18 +66,19 @@ class Brief:
     cause: FailureCause | None = None
 
 
-class _Cut(NamedTuple):
+class Cut(NamedTuple):
     """A training cut short.
 
     Attributes:
         config: The short one's.
         step_images: Of an optimizer step.
-        images_left: Training images that it leaves out, over all epochs, and held-out ones.
+        images_left: Training images that it leaves out, over all epochs, and held-out ones over
+            all validations, these counted as EVALUATED.
     """
 
     config: TrainEvaluatorConfig
     step_images: int
-    images_left: int
+    images_left: float
 
 
 def evaluate_brief(
@@ -96,7 +99,8 @@ def evaluate_brief(
     job = Job(0, network, seed)
     if not isinstance(config.evaluator, (TrainEvaluatorConfig, PluginConfig)):
         return _evaluate(config.evaluator, job, threads, limit_s, None)
-    return _in_a_process(config.evaluator, job, threads, limit_s, steps)
+    stops = config.early_stop is not None
+    return _in_a_process(config.evaluator, job, threads, limit_s, steps, each_epoch=stops)
 
 
 def train_fully(
@@ -118,16 +122,27 @@ def train_fully(
     threads = config.threads or os.cpu_count() or 1
     kept = None if states is None else str(states.absolute())
     trained = TrainEvaluatorConfig("train", config.recipe, kept)
-    return _in_a_process(trained, Job(0, network, seed), threads, math.inf, steps)
+    return _in_a_process(trained, Job(0, network, seed), threads, math.inf, steps, each_epoch=True)
 
 
 def _in_a_process(
-    config: EvaluatorChoice, job: Job, threads: int, limit_s: float, steps: int | None
+    config: EvaluatorChoice,
+    job: Job,
+    threads: int,
+    limit_s: float,
+    steps: int | None,
+    *,
+    each_epoch: bool = False,
 ) -> Brief:
-    """An evaluation in a process of its own, which is killed a while after the limit."""
+    """An evaluation in a process of its own, which is killed a while after the limit.
+
+    `each_epoch` says that the whole one is validated after each epoch.
+    """
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_body, args=(sender, config, job, threads, limit_s, steps))
+    process = context.Process(
+        target=_body, args=(sender, config, job, threads, limit_s, steps, each_epoch)
+    )
     process.start()
     sender.close()
     try:
@@ -151,6 +166,7 @@ def _body(
     threads: int,
     limit_s: float,
     steps: int | None,
+    each_epoch: bool,
 ) -> None:
     """The process: sends one Brief; what a framework prints is not for the user of a check."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -161,7 +177,7 @@ def _body(
     with open(os.devnull, "w") as nowhere:
         for stream in (sys.stdout, sys.stderr):
             os.dup2(nowhere.fileno(), stream.fileno())
-    brief = _evaluate(config, job, threads, limit_s, steps)
+    brief = _evaluate(config, job, threads, limit_s, steps, each_epoch=each_epoch)
     memory = resident_bytes()
     sender.send(replace(brief, peak_memory_mb=memory[1] / 2**20 if memory else None))
 
@@ -175,12 +191,18 @@ def _end_with_parent() -> None:
 
 
 def _evaluate(
-    config: EvaluatorChoice, job: Job, threads: int, limit_s: float, steps: int | None
+    config: EvaluatorChoice,
+    job: Job,
+    threads: int,
+    limit_s: float,
+    steps: int | None,
+    *,
+    each_epoch: bool = False,
 ) -> Brief:
     cut = None
     try:
         if steps is not None and isinstance(config, TrainEvaluatorConfig):
-            cut = _cut(config, job.architecture, steps)
+            cut = cut_short(config, job.architecture, steps, each_epoch=each_epoch)
         evaluator = make_evaluator(cut.config if cut else config, threads=threads)
         evaluator.warm_up()
     except Exception as error:
@@ -196,7 +218,6 @@ def _evaluate(
         images = _held_out(config, job.architecture)
         return Brief(None, seconds, None, outcome.accuracy, outcome.metrics, None, images)
     pace = outcome.metrics["images_per_s"]
-    # Held-out images are counted at the training's pace, which is slower than theirs.
     whole = seconds + cut.images_left / pace
     return Brief(None, whole, cut.step_images / pace, None, outcome.metrics, None)
 
@@ -216,8 +237,13 @@ def _failed(reason: str, cause: FailureCause = "architecture") -> Brief:
     return Brief(reason, None, None, None, {}, None, cause=cause)
 
 
-def _cut(config: TrainEvaluatorConfig, network: Architecture, steps: int) -> _Cut | None:
-    """The training cut to so many steps, or None if it has no more."""
+def cut_short(
+    config: TrainEvaluatorConfig, network: Architecture, steps: int, *, each_epoch: bool
+) -> Cut | None:
+    """Return a training cut to so many steps, or None if it has no more.
+
+    `each_epoch` says that the whole one is validated after each epoch.
+    """
     from retrain.data import load_data
 
     recipe = config.recipe
@@ -235,7 +261,10 @@ def _cut(config: TrainEvaluatorConfig, network: Architecture, steps: int) -> _Cu
     if held_out > VALIDATION_IMAGES and len(data.train) >= VALIDATION_IMAGES + per_epoch * batch:
         images = replace(images, validation_images=VALIDATION_IMAGES)
         held_out = VALIDATION_IMAGES
+    # Whoever keeps a state to go on from, or may stop a training, validates after each epoch.
+    each_epoch = each_epoch or config.checkpoints is not None
+    validated = recipe.epochs * len(data.validation) if each_epoch else len(data.validation)
+    done = epochs * held_out if config.checkpoints is not None else held_out
+    images_left = left * batch + EVALUATED * (validated - done)
     short = replace(recipe, epochs=epochs, data=images)
-    return _Cut(
-        replace(config, recipe=short), batch, left * batch + len(data.validation) - held_out
-    )
+    return Cut(replace(config, recipe=short), batch, images_left)

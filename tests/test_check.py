@@ -13,6 +13,7 @@ import pytest
 from campaigns import mnas, mnas_here, write_synthetic
 from test_json_page import documented
 
+from retrain.data import load_data
 from search import check_networks
 from search.check import (
     STATE_COPIES,
@@ -24,6 +25,7 @@ from search.check import (
     num_workers,
     plan,
 )
+from search.check_brief import EVALUATED, cut_short
 from search.check_networks import (
     CheckOptions,
     Member,
@@ -32,8 +34,9 @@ from search.check_networks import (
     check,
     networks,
 )
-from search.config import CampaignConfig, load_campaign_config
+from search.config import CampaignConfig, TrainEvaluatorConfig, load_campaign_config
 from search.extremes import extreme_network
+from search.parts import campaign_space
 from space.cost import count
 from space.errors import ConfigError
 from space.search_space import load_space
@@ -92,6 +95,26 @@ def test_the_plan_of_a_shipped_campaign(tmp_path: Path) -> None:
     assert (planned.epochs, planned.trials, planned.devices) == (2.0, 24, ("host_quick",))
     assert planned.target.startswith("0.7 x the latency of stem8")
     assert not lacks(findings, "evaluator")
+
+
+@pytest.mark.parametrize(
+    ("settings", "each_epoch", "validations", "done"),
+    [((), False, 1, 1), ((), True, 40, 1), (("evaluator.checkpoints=/state",), False, 40, 3)],
+)
+def test_a_child_that_is_validated_after_each_epoch_takes_that_much_longer(
+    settings: tuple[str, ...], each_epoch: bool, validations: int, done: int
+) -> None:
+    config = load_campaign_config("digits", ["evaluator.recipe.epochs=40", *settings])
+    assert isinstance(config.evaluator, TrainEvaluatorConfig)
+    network = extreme_network(campaign_space(config), -1)
+    recipe = config.evaluator.recipe
+    data = load_data(recipe.data, network.resolution, network.input_channels, recipe.augment)
+    per_epoch = len(data.train) // recipe.batch_size
+    cut = cut_short(config.evaluator, network, 2 * per_epoch + 1, each_epoch=each_epoch)
+    assert cut is not None
+    training = 37 * per_epoch * recipe.batch_size
+    held_out = (validations - done) * len(data.validation)
+    assert cut.images_left == training + EVALUATED * held_out
 
 
 def test_what_a_cluster_has_and_this_machine_has_not_is_a_line_and_no_error(
