@@ -53,8 +53,8 @@ FEWEST_RUNNING = 0.95
 #: After the time limit, for ONNX Runtime to stop by itself; then an alarm ends the process.
 GRACE_S = 2.0
 
-#: Networks that are timed in turn: seconds of a round.
-ROUND_S = 1.0
+#: Networks that are timed in turn: seconds of a round, and before it, of its warm-up.
+ROUND_S, ROUND_WARM_UP_S = 1.0, 0.2
 
 
 @dataclass(frozen=True)
@@ -243,13 +243,7 @@ def _attempt(model: bytes, settings: Settings, cores: tuple[int, ...], deadline:
     images = _images(settings)
     options = _session_options(settings, cores)
     run_options = onnxruntime.RunOptions()
-
-    def stop() -> None:
-        with contextlib.suppress(AttributeError):  # older ONNX Runtimes cannot stop loading
-            options.set_load_cancellation_flag(True)
-        run_options.terminate = True
-
-    with _pinned(cores), _stopwatch(deadline, stop):
+    with _pinned(cores), _stopwatch(deadline, _stopper([options], run_options)):
         before = resident_bytes()
         run = _opened(model, settings, options, run_options, images)
         # Elsewhere the processor's core only waits, and its pace says nothing.
@@ -301,7 +295,8 @@ def run_in_turn(
 ) -> list[tuple[tuple[float, ...], ...]]:
     """Return the milliseconds of inferences taken in turn: first, second, first, second, ...
 
-    Both sessions stay open, so that whatever changes from one second to the next meets all alike.
+    Whatever changes from one second to the next meets all alike. Each round opens sessions of its
+    own: where one happens to lie in memory makes it faster or slower by a percent for its life.
 
     Args:
         networks: Models and how they are run, on the same cores.
@@ -317,29 +312,38 @@ def run_in_turn(
     settings = networks[0][1]
     check_memory(sum(each.needed_bytes for _, each in networks), memory_bytes())
     cores = cores_to_use(settings.threads, settings.cores)
-    run_options = onnxruntime.RunOptions()
-
-    def stop() -> None:
-        run_options.terminate = True
-
+    taken = []
     with _pinned(cores), _no_garbage_collection():
-        runs = [
-            _opened(model, each, _session_options(each, cores), run_options, _images(each))
-            for model, each in networks
-        ]
-        taken = []
-        for _ in range(rounds + 1):
+        for index in range(rounds):
             try:
-                with _stopwatch(time.monotonic() + settings.time_limit_s, stop):
-                    taken.append(_one_round(runs))
+                # Neither has the better place more often.
+                if index % 2:
+                    taken.append(_one_round(networks[::-1], cores)[::-1])
+                else:
+                    taken.append(_one_round(networks, cores))
             except _TimeIsUp:
                 raise _too_slow(settings) from None
-        return taken[1:]  # the first one warms up
+    return taken
 
 
-def _one_round(runs: Sequence[Callable[[], None]]) -> tuple[tuple[float, ...], ...]:
+def _one_round(
+    networks: Sequence[tuple[bytes, Settings]], cores: tuple[int, ...]
+) -> tuple[tuple[float, ...], ...]:
+    options = [_session_options(settings, cores) for _, settings in networks]
+    run_options = onnxruntime.RunOptions()
+    deadline = time.monotonic() + networks[0][1].time_limit_s
+    with _stopwatch(deadline, _stopper(options, run_options)):
+        runs = [
+            _opened(model, settings, each, run_options, _images(settings))
+            for (model, settings), each in zip(networks, options, strict=True)
+        ]
+        _in_turn(runs, ROUND_WARM_UP_S)
+        return _in_turn(runs, ROUND_S)
+
+
+def _in_turn(runs: Sequence[Callable[[], None]], seconds: float) -> tuple[tuple[float, ...], ...]:
     taken_ms: tuple[list[float], ...] = tuple([] for _ in runs)
-    end = time.perf_counter() + ROUND_S
+    end = time.perf_counter() + seconds
     while len(taken_ms[0]) < FEWEST_SAMPLES or time.perf_counter() < end:
         for run, times_ms in zip(runs, taken_ms, strict=True):
             before = time.perf_counter()
@@ -415,6 +419,20 @@ def _pinned(cores: tuple[int, ...]) -> Iterator[None]:
         yield
     finally:
         os.sched_setaffinity(0, allowed)
+
+
+def _stopper(
+    options: Sequence[onnxruntime.SessionOptions], run_options: onnxruntime.RunOptions
+) -> Callable[[], None]:
+    """Return what ends the loading of sessions with these options, and their inferences."""
+
+    def stop() -> None:
+        for each in options:
+            with contextlib.suppress(AttributeError):  # older ONNX Runtimes cannot stop loading
+                each.set_load_cancellation_flag(True)
+        run_options.terminate = True
+
+    return stop
 
 
 @contextlib.contextmanager

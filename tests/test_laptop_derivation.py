@@ -19,6 +19,7 @@ from derivation.laptop import (
     Run,
     by_accuracy,
     chosen,
+    draw,
     finalists,
     is_diverse,
     known_result,
@@ -26,6 +27,7 @@ from derivation.laptop import (
     measured_target,
     near_target,
     random_diversity,
+    show,
     table_ratios,
 )
 
@@ -146,9 +148,56 @@ def test_a_result_of_other_rules_is_made_anew(tmp_path: Path) -> None:
     assert known_result(run, tmp_path) is None
     folder = tmp_path / "guided-250-3"
     folder.mkdir()
-    for protocol, is_known in ((PROTOCOL, True), (PROTOCOL - 1, False)):
-        (folder / "derivation.json").write_text(json.dumps({"protocol": protocol}))
+    for change, is_known in (
+        ({}, True),
+        ({"protocol": PROTOCOL - 1}, False),
+        ({"trials": 100}, False),
+    ):
+        (folder / "derivation.json").write_text(json.dumps({**run.identity(), **change}))
         assert (known_result(run, tmp_path) is not None) == is_known
+
+
+def made_result(seed: int, *, trials: int, ratio: float, gain: float, text: str) -> dict[str, Any]:
+    found = {
+        "ratio": ratio, "ratio_interval": [ratio - 0.01, ratio + 0.01], "accuracy": 0.65 + gain,
+        "architecture": text,
+    }  # fmt: skip
+    return {
+        **Run("ppo", trials, seed).identity(), "target_ms": 6.28, "proposed": trials, "failed": 0,
+        "stop_reason": "all trials are done", "reference_accuracy": 0.65, "finalists": [found],
+        "found": found,
+    }  # fmt: skip
+
+
+def test_medians_of_the_seeds_are_held_against_the_bars(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    reference = projection()
+    same = "stem8 | r1_k3_s11_e3_i8_o8 | head16 | r32 | c10"
+    good = [
+        made_result(seed, trials=2000, ratio=ratio, gain=gain, text=reference.text)
+        for seed, (ratio, gain) in enumerate([(0.99, 0.007), (1.01, 0.008), (1.3, -0.01)])
+    ]
+    assert show(good, reference)
+    assert (
+        "latency 1.00% off the target (bar 2%), accuracy +0.70 points" in capsys.readouterr().out
+    )
+    # One too fast and one too slow do not make one that lands.
+    apart = [
+        made_result(seed, trials=2000, ratio=ratio, gain=0.01, text=reference.text)
+        for seed, ratio in enumerate((0.9, 1.0, 1.1))
+    ]
+    assert not show(apart, reference)
+    assert not show([{**r, "reference_accuracy": 0.66} for r in good], reference)
+    assert not show(
+        [{**r, "found": {**r["found"], "architecture": same}} for r in good], reference
+    )
+    # A controller that settles ends its search early, which is told.
+    capsys.readouterr()
+    show([{**good[0], "proposed": 1864, "stop_reason": "it has settled"}], reference)
+    assert "after 1,864 trials: it has settled" in capsys.readouterr().out
+    draw(good, tmp_path / "made.png")
+    assert (tmp_path / "made.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
