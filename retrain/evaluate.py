@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 import mindspore as ms
 import numpy as np
 from mindspore import nn
@@ -34,22 +31,6 @@ class Evaluation:
     per_class_top1: tuple[float, ...]
 
 
-@contextlib.contextmanager
-def waited_for(network: nn.Cell) -> Iterator[None]:
-    """Let MindSpore end what it computes before an exception leaves, and drops the network.
-
-    A signal's exception comes amid a step, whose kernels go on. Dropping a network clears its
-    graphs, holding the interpreter's lock and waiting for these kernels; space/depthwise.py's
-    need that lock: both would wait for ever.
-    """
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(RuntimeError):  # the same that is on its way
-            next(network.get_parameters()).asnumpy()
-        raise
-
-
 def logits_of(
     network: nn.Cell, data: DataSet, split: Split, batch_size: int
 ) -> NDArray[np.float32]:
@@ -65,8 +46,7 @@ def logits_of(
         if missing:
             filling = np.zeros((missing, *images.shape[1:]), np.float32)
             images = np.concatenate([images, filling])
-        with waited_for(network):
-            found.append(network(ms.Tensor(images)).asnumpy()[: len(labels)])
+        found.append(network(ms.Tensor(images)).asnumpy()[: len(labels)])
     return np.concatenate(found)
 
 

@@ -7,6 +7,7 @@ and resumed at any step as if it had never stopped.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import os
@@ -27,7 +28,7 @@ from retrain.distributed import Workers
 from retrain.drop_path import DropPathFeatures
 from retrain.dropout import drop_path_mask, drop_path_rates, dropout_mask
 from retrain.ema import Averages
-from retrain.evaluate import Evaluation, evaluate, waited_for
+from retrain.evaluate import Evaluation, evaluate
 from retrain.loop import Loop
 from retrain.loss_scale import LossScale
 from retrain.optimizer import make_optimizer, set_learning_rate
@@ -159,7 +160,7 @@ def train(
             for epoch, accuracy in enumerate(state.accuracies, 1):
                 if on_epoch is not None:
                     on_epoch(epoch, accuracy)
-        with waited_for(trainer.network):
+        with trainer.waited_for():
             loop.run(on_state)
             validation = loop.validation or loop.validate()
     except (RuntimeError, MemoryError) as error:
@@ -456,6 +457,22 @@ class Trainer:
             arrays.update({f"ema.{name}": value for name, value in averages.items()})
         arrays["loss_scale"] = np.array(self._loss_scale.state(), np.float64)
         return arrays
+
+    @contextlib.contextmanager
+    def waited_for(self) -> Iterator[None]:
+        """Let MindSpore end the step before an exception leaves, and drops the network.
+
+        It computes gradients while Python goes on. Dropping a network clears its graphs, holding
+        the interpreter's lock and waiting for their kernels; those of space/depthwise.py need that
+        lock: both would wait for ever.
+        """
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(Exception):  # what the step says is no news any more
+                for parameter in self._trained.get_parameters():
+                    parameter.asnumpy()
+            raise
 
     def restore(self, step: int, arrays: dict[str, NDArray[Any]]) -> None:
         """Go on after `step` steps from what `arrays` gave."""

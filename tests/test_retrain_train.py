@@ -59,17 +59,60 @@ print(json.dumps([result.accuracy, result.losses, digest]))
 """
 
 
-def trained_elsewhere(seed: int) -> list[object]:
+INTERRUPTED = """
+import sys, time
+import space.depthwise
+from retrain import train
+from retrain.config import Recipe
+from retrain_parts import TINY, TINY_RECIPE
+from space.records import build, parse_yaml
+
+# The third step's gradients are still computed while the exception passes.
+convolve, steps = space.depthwise.convolve, []
+
+def slow(*arguments, **settings):
+    time.sleep(1.0 if len(steps) > 1 else 0.0)
+    return convolve(*arguments, **settings)
+
+def update(self, gradients):
+    steps.append(self.step)
+    if len(steps) == 3:
+        raise KeyboardInterrupt
+    whole(self, gradients)
+
+space.depthwise.convolve = slow
+whole, train.Trainer._update = train.Trainer._update, update
+recipe = build(Recipe, parse_yaml(TINY_RECIPE, where="tiny"), where="tiny")
+try:
+    train.train(TINY, recipe, seed=0, threads=1)
+except KeyboardInterrupt:
+    pass
+print("ended")
+"""
+
+
+def elsewhere(script: str, *arguments: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", IN_ANOTHER_PROCESS, str(seed)],
+        [sys.executable, "-c", script, *arguments],
         capture_output=True,
         text=True,
         timeout=250,
         cwd=TESTS,
         check=True,
     )
-    found: list[object] = json.loads(done.stdout.strip().splitlines()[-1])
+    return done.stdout
+
+
+def trained_elsewhere(seed: int) -> list[object]:
+    found: list[object] = json.loads(
+        elsewhere(IN_ANOTHER_PROCESS, str(seed)).strip().splitlines()[-1]
+    )
     return found
+
+
+@pytest.mark.slow
+def test_an_exception_amid_a_step_lets_mindspore_end_it_before_the_network_goes() -> None:
+    assert elsewhere(INTERRUPTED).endswith("ended\n")
 
 
 @pytest.mark.slow

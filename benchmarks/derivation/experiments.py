@@ -2,13 +2,14 @@
 
     export MNAS_ACCEL_NASBENCH=FOLDER     # docs/accel-nasbench.md says where to get the data
     python benchmarks/derivation/experiments.py
-    python benchmarks/derivation/experiments.py --only rewards --seeds 5 --plot rewards.png
+    python benchmarks/derivation/experiments.py --only rewards budgets --seeds 5 --plots docs
 
     rewards    PPO under soft, hard and absolute rewards, and for accuracy alone: where the
                latencies of its samples lie (the paper's histograms) and what it finds
     diversity  guided search where all blocks must have the same operation and kernel (the paper's
                table 6), beside the whole space
-    budgets    what each controller has found after 250, 1,000 and 8,000 trials
+    budgets    what each controller has found after 250, 1,000 and 8,000 trials, or when it
+               settled: proposed networks again and again that it had proposed before
     best       whether the best networks near the target have different layers, and random ones
 
 Accuracy and latency are a surrogate's of Accel-NASBench (backend `fitted`, device a100), with
@@ -26,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from laptop import is_diverse, picture, positive
+from laptop import COLOURS, is_diverse, positive
 from numpy.typing import NDArray
 
 from search.accel_nasbench import AccelNasBenchConfig, AccelNasBenchEvaluator
@@ -44,9 +45,12 @@ from space.search_space import load_space
 #: What the reward is -> settings of the objective.
 REWARDS: dict[str, tuple[str, ...]] = {
     "accuracy alone": ("objective.alpha=0.0", "objective.beta=0.0"),
+    "soft, -0.03": ("objective.alpha=-0.03", "objective.beta=-0.03"),
     "soft, -0.07": (),
     "soft, -0.15": ("objective.alpha=-0.15", "objective.beta=-0.15"),
-    "hard": ("objective.name=hard",),
+    "soft, -0.03 below, -0.15 above": ("objective.alpha=-0.03", "objective.beta=-0.15"),
+    "hard, -1": ("objective.name=hard",),
+    "hard, -0.2": ("objective.name=hard", "objective.beta=-0.2"),
     "absolute, -0.07": ("objective.name=absolute",),
     "absolute, -0.5": ("objective.name=absolute", "objective.beta=-0.5"),
 }
@@ -60,8 +64,10 @@ VARIANTS: dict[str, dict[str, list[Any]]] = {
 }
 SPACE = "accel_nasbench"
 BUDGETS = (250, 1000, 8000)
-#: Controller -> the most trials it is given; guided models its last 1,200 (`max_trials`) only.
-CONTROLLERS = {"random": 8000, "evolution": 8000, "ppo": 8000, "guided": 1000}
+#: Of these, guided models its last 1,200 trials (`max_trials`) only.
+CONTROLLERS = ("random", "evolution", "ppo", "guided")
+#: Trials after which the plot of the budgets looks at what has been found.
+PLOTTED = (50, 100, 250, 500, 1000, 2000, 4000, 8000)
 #: How many of the best networks, and of random ones, are looked at.
 BEST, RANDOM_NETWORKS = 100, 1000
 
@@ -94,7 +100,7 @@ def campaign(folder: Path, settings: list[str]) -> tuple[list[Trial], Trial, flo
 def rewards(arguments: argparse.Namespace, truth: Truth) -> None:
     """PPO's samples and finds under every reward."""
     print(
-        f"{'reward':>16}{'found: accuracy':>17}{'LAT / T':>9}   samples of the last half:"
+        f"{'reward':>30}{'found: accuracy':>17}{'LAT / T':>9}   samples of the last half:"
         f" {'<= T':>6}{'0.9 to 1.1':>12}{'median':>8}"
     )
     samples: dict[str, NDArray[np.float64]] = {}
@@ -115,12 +121,12 @@ def rewards(arguments: argparse.Namespace, truth: Truth) -> None:
         samples[label] = ratios
         near = float(np.mean(np.abs(ratios - 1) <= 0.1))
         print(
-            f"{label:>16}{statistics.median(a for a, _ in found):>17.4f}"
+            f"{label:>30}{statistics.median(a for a, _ in found):>17.4f}"
             f"{statistics.median(r for _, r in found):>9.2f}{' ':>28}{np.mean(ratios <= 1):>6.0%}"
             f"{near:>12.0%}{np.median(ratios):>8.2f}",
             flush=True,
         )
-    if arguments.plot is not None:
+    if arguments.plots is not None:
         draw_samples(samples, arguments)
 
 
@@ -151,30 +157,36 @@ def diversity(arguments: argparse.Namespace, truth: Truth) -> None:
 
 def budgets(arguments: argparse.Namespace, truth: Truth) -> None:
     """What controllers find for the `absolute` reward; medians of the seeds' noise-free means."""
-    print(f"{'controller':>12}{'trials':>8}{'reward':>9} [{'lowest':>7},{'highest':>8}]", end="")
-    print(f"{'accuracy':>10}{'LAT / T':>9}")
-    for controller, most in CONTROLLERS.items():
-        for trials in (budget for budget in BUDGETS if budget <= most):
+    print(f"{'controller':>12}{'trials':>8}{'done':>8}{'reward':>9} [{'lowest':>7},", end="")
+    print(f"{'highest':>8}]{'accuracy':>10}{'LAT / T':>9}")
+    rewards_at: dict[tuple[str, int], list[float]] = {}
+    for controller in CONTROLLERS:
+        looked_at = BUDGETS if controller == "guided" else sorted({*BUDGETS, *PLOTTED})
+        for trials in looked_at:
             found = []
             for seed in range(arguments.seeds):
-                chosen, target_ms = found_after(arguments.runs, controller, trials, seed)
+                done, chosen, target_ms = found_after(arguments.runs, controller, trials, seed)
                 accuracy, ratio = truth(find_architecture(chosen.architecture), target_ms)
-                found.append((accuracy - 0.07 * abs(ratio - 1), accuracy, ratio))
-            reward, accuracy, ratio = map(statistics.median, zip(*found, strict=True))
-            print(
-                f"{controller:>12}{trials:>8,}{reward:>9.4f} [{min(found)[0]:>7.4f},"
-                f"{max(found)[0]:>8.4f}]{accuracy:>10.4f}{ratio:>9.2f}",
-                flush=True,
-            )
+                found.append((accuracy - 0.07 * abs(ratio - 1), accuracy, ratio, done))
+            rewards_at[controller, trials] = [row[0] for row in found]
+            reward, accuracy, ratio, done = map(statistics.median, zip(*found, strict=True))
+            if trials in BUDGETS:
+                print(
+                    f"{controller:>12}{trials:>8,}{done:>8,}{reward:>9.4f} [{min(found)[0]:>7.4f},"
+                    f"{max(found)[0]:>8.4f}]{accuracy:>10.4f}{ratio:>9.2f}",
+                    flush=True,
+                )
+    if arguments.plots is not None:
+        draw_budgets(rewards_at, arguments)
 
 
-def found_after(runs: Path, controller: str, trials: int, seed: int) -> tuple[Trial, float]:
-    """Return what a campaign would hand over after so many trials, and its target.
+def found_after(runs: Path, controller: str, trials: int, seed: int) -> tuple[int, Trial, float]:
+    """Return trials done, what a campaign of so many would hand over, and its target.
 
     Guided's models choose at the end of a campaign, so each budget is one. The others hand over
     the highest reward seen: the first trials of a long campaign are a short one.
     """
-    length = trials if controller == "guided" else CONTROLLERS[controller]
+    length = trials if controller == "guided" else max(BUDGETS)
     done, chosen, target_ms = campaign(
         runs / f"budgets-{controller}-{length}-{seed}",
         [
@@ -182,10 +194,11 @@ def found_after(runs: Path, controller: str, trials: int, seed: int) -> tuple[Tr
             "objective.name=absolute",
         ],
     )  # fmt: skip
-    if trials < length:
-        seen = [trial for trial in done[:trials] if trial.reward is not None]
+    if trials < len(done):
+        done = done[:trials]
+        seen = [trial for trial in done if trial.reward is not None]
         chosen = max(seen, key=lambda trial: trial.reward or 0.0)
-    return chosen, target_ms
+    return len(done), chosen, target_ms
 
 
 def best(arguments: argparse.Namespace, truth: Truth) -> None:
@@ -227,19 +240,56 @@ def draw_samples(samples: dict[str, NDArray[np.float64]], arguments: argparse.Na
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(
-        len(samples), 1, figsize=(7.0, 1.1 * len(samples) + 0.6), sharex=True, layout="constrained"
-    )
+        len(samples), 1, figsize=(7.0, 0.95 * len(samples) + 0.8), sharex=True, sharey=True,
+        layout="constrained",
+    )  # fmt: skip
     edges = np.linspace(0.2, 2.4, 89)
     for panel, (label, ratios) in zip(axes, samples.items(), strict=True):
-        panel.hist(ratios.clip(edges[0], edges[-1]), bins=edges, color="#0072B2")
+        percent = np.full(len(ratios), 100 / len(ratios))
+        panel.hist(ratios.clip(edges[0], edges[-1]), bins=edges, weights=percent, color="#0072B2")
         panel.axvline(1.0, color="#D55E00", linewidth=1)
-        panel.set_yticks([])
-        panel.text(0.8, 0.8, label, transform=panel.transAxes, ha="right", va="top", fontsize=9)
-    axes[-1].set_xlabel("latency / target of the samples in the last half of the search")
+        panel.text(0.98, 0.9, label, transform=panel.transAxes, ha="right", va="top", fontsize=9)
+        panel.set_ylim(0, 30)
+    axes[0].text(1.01, 24, "target", color="#D55E00", fontsize=8)
+    figure.supylabel("% of the samples (bars may be higher)", fontsize=9)
+    axes[-1].set_xlabel("latency / target of the last half's samples; the last bar: 2.4 and more")
     figure.suptitle(
-        f"PPO, {arguments.trials} trials, {arguments.seeds} seeds: sampled networks", fontsize=10
+        f"PPO, {arguments.trials:,} trials, {arguments.seeds} seeds: sampled networks by reward",
+        fontsize=10,
     )
-    figure.savefig(arguments.plot, dpi=150)
+    figure.savefig(arguments.plots / "derivation-rewards.png", dpi=150)
+
+
+def draw_budgets(
+    rewards_at: dict[tuple[str, int], list[float]], arguments: argparse.Namespace
+) -> None:
+    """Draw what each controller would hand over after so many trials."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.0, 4.2), layout="constrained")
+    for controller, colour, marker in zip(CONTROLLERS, COLOURS, "osD^", strict=False):
+        trials = sorted(number for name, number in rewards_at if name == controller)
+        found = np.asarray([rewards_at[controller, number] for number in trials])
+        middle = np.median(found, axis=1)
+        axes.errorbar(
+            trials, middle, yerr=(middle - found.min(1), found.max(1) - middle), fmt=marker,
+            linestyle=":" if controller == "guided" else "-", color=colour, capsize=2,
+            linewidth=1.2, elinewidth=0.7, markersize=4, label=controller,
+        )  # fmt: skip
+    axes.set_xscale("log")
+    axes.set_xticks(PLOTTED, [f"{number:,}" for number in PLOTTED])
+    axes.minorticks_off()
+    axes.set_xlabel("trials")
+    axes.set_ylabel("noise-free reward of what is handed over")
+    axes.set_title(
+        f"Accel-NASBench, absolute reward: median and range of {arguments.seeds} seeds", fontsize=9
+    )
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False, fontsize=8)
+    figure.savefig(arguments.plots / "derivation-budgets.png", dpi=150)
 
 
 def _stem(label: str) -> str:
@@ -263,8 +313,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=positive, default=3)
     parser.add_argument("--trials", type=positive, default=2000, help="of rewards")
     parser.add_argument("--runs", type=Path, default=Path("runs/derivation-experiments"))
-    parser.add_argument("--plot", type=picture, help="of rewards: a .png or .svg file")
+    parser.add_argument("--plots", type=Path, help="a folder, for those of rewards and of budgets")
     arguments = parser.parse_args()
+    if arguments.plots is not None:
+        arguments.plots.mkdir(parents=True, exist_ok=True)
     try:
         truth = Truth()
         for name in arguments.only:
