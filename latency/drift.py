@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 from latency.config import DriftConfig
 from latency.device import LatencyMeter, Outcome, measured_or_why, only_measurement
 from latency.measurement import Measurement
+from latency.processes import rest
 from space.architecture import PAPER_STYLE, Architecture, NetworkStyle
 from space.errors import MeasurementError
 from space.mnasnet import find_architecture
@@ -45,7 +45,7 @@ class DriftGuard(LatencyMeter):
         meter: LatencyMeter,
         config: DriftConfig,
         *,
-        sleep: Callable[[float], None] = time.sleep,
+        sleep: Callable[[float], None] = rest,
     ) -> None:
         self._meter = meter
         self._config = config

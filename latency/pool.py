@@ -6,6 +6,7 @@ failed to measure goes to another one; only where each has failed it is there no
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Iterable, Iterator
@@ -16,6 +17,7 @@ from typing import Any
 from latency.device import LatencyMeter, Outcome, only_measurement
 from latency.drift import DriftGuard
 from latency.measurement import Measurement
+from latency.processes import breaking_off
 from space.architecture import PAPER_STYLE, Architecture, NetworkStyle
 from space.errors import MeasurementError
 
@@ -71,6 +73,17 @@ class _Job:
     error: MeasurementError | None = None
 
 
+@contextlib.contextmanager
+def _broken_off_with(running: Iterable[Future[Any]]) -> Iterator[None]:
+    """Have measurements end with the one who asked for them: Ctrl-C must not wait for minutes."""
+    try:
+        yield
+    except BaseException:
+        with breaking_off():
+            wait(running)
+        raise
+
+
 class PoolMeter(LatencyMeter):
     """Times networks on whichever of several identical devices is free.
 
@@ -118,7 +131,7 @@ class PoolMeter(LatencyMeter):
             yield from ((job.architecture, error) for job in jobs)
             return
         running: dict[Future[list[tuple[_Job, Outcome]]], Member] = {}
-        with ThreadPoolExecutor(len(self._members)) as threads:
+        with ThreadPoolExecutor(len(self._members)) as threads, _broken_off_with(running):
             while jobs or running:
                 active = [member for member in self._members if not member.retired]
                 for member in active:

@@ -21,8 +21,9 @@ _PIPE_S = 2.0
 #: More output than this is no answer; the program is killed.
 MOST_BYTES = 8_000_000
 
-#: What `run_to_end` waits for in any thread, for `end_running`.
+#: What `run_to_end` waits for in any thread, and whether that is to end: see `breaking_off`.
 _running: set[subprocess.Popen[bytes]] = set()
+_breaking_off = threading.Event()
 
 
 @contextlib.contextmanager
@@ -71,7 +72,7 @@ def run_to_end(
 
     Its standard input is empty; or holds `given` and then stays open until the program ends, so
     that one at the other end of a connection can tell a waiting caller from one that is gone. What
-    must run `to_the_end`, such as a cleanup, `end_running` leaves alone.
+    must run `to_the_end`, such as a cleanup, `breaking_off` leaves alone.
 
     Raises:
         OSError: It cannot be started.
@@ -84,15 +85,19 @@ def run_to_end(
         env={**os.environ, **(env or {})},
         start_new_session=True,
     )
-    assert process.stdout is not None
-    assert process.stderr is not None
-    output, errors = _Reader(process.stdout, process), _Reader(process.stderr, process)
-    feeder = threading.Thread(target=_feed, args=(process.stdin, given), daemon=True)
-    feeder.start()
-    ending = "ended"
-    if not to_the_end:
-        _running.add(process)
+    ending, threads = "ended", list[threading.Thread]()
     try:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        output, errors = _Reader(process.stdout, process), _Reader(process.stderr, process)
+        feeder = threading.Thread(target=_feed, args=(process.stdin, given), daemon=True)
+        threads += (feeder, output, errors)
+        for thread in threads:
+            thread.start()
+        if not to_the_end:
+            _running.add(process)
+            if _breaking_off.is_set():
+                kill_group(process)
         process.wait(timeout_s)
     except subprocess.TimeoutExpired:
         ending = "time"
@@ -100,7 +105,7 @@ def run_to_end(
         _running.discard(process)
         kill_group(process)
         # A daemon that the program left behind, in a group of its own, may hold the pipes open.
-        for thread in (feeder, output, errors):
+        for thread in threads:
             thread.join(_PIPE_S)
         for pipe in (process.stdin, process.stdout, process.stderr):
             with contextlib.suppress(OSError):
@@ -111,10 +116,24 @@ def run_to_end(
     return Finished(process.returncode, output.text, errors.text, ending)
 
 
-def end_running() -> None:
-    """Kill the programs that other threads wait for, with all that they started."""
-    for process in list(_running):
-        kill_group(process)
+@contextlib.contextmanager
+def breaking_off() -> Iterator[None]:
+    """Have the measurements of other threads end: within, their programs are killed as they start.
+
+    With all that these started; and nobody rests.
+    """
+    _breaking_off.set()
+    try:
+        for process in list(_running):
+            kill_group(process)
+        yield
+    finally:
+        _breaking_off.clear()
+
+
+def rest(seconds: float) -> None:
+    """Wait so long, or until measurements are broken off."""
+    _breaking_off.wait(seconds)
 
 
 class _Reader(threading.Thread):
@@ -125,7 +144,6 @@ class _Reader(threading.Thread):
         self._pipe, self._process = pipe, process
         self._parts: list[bytes] = []
         self.overflowed = False
-        self.start()
 
     def run(self) -> None:
         size = 0

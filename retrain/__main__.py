@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -178,7 +177,6 @@ def _train(
     from retrain.commands import launch_command, train_command
 
     _quiet_mindspore()
-    signal.signal(signal.SIGTERM, _interrupt)
     console = Console(stderr=as_json)
 
     def say(sentence: str) -> None:
@@ -340,11 +338,6 @@ def _print_lines(console: Console, lines: list[tuple[str, str]]) -> None:
     width = max(len(label) for label, _ in lines) + 2
     for label, text in lines:
         console.print(f"{label:<{width}}{text}", highlight=False, markup=False, soft_wrap=True)
-
-
-def _interrupt(number: int, frame: object) -> None:
-    """Take SIGTERM as Ctrl-C: while MindSpore computes, it answers SIGINT by sending SIGTERM."""
-    raise KeyboardInterrupt
 
 
 def _heed_parent() -> None:

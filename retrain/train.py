@@ -38,6 +38,7 @@ from space.architecture import Architecture
 from space.errors import ConfigError, Diverged, TrialFailed
 from space.network import MnasNet, build_network, network_weights
 from space.records import record
+from space.signals import interruptible
 
 
 @record
@@ -160,7 +161,7 @@ def train(
             for epoch, accuracy in enumerate(state.accuracies, 1):
                 if on_epoch is not None:
                     on_epoch(epoch, accuracy)
-        with trainer.waited_for():
+        with interruptible(), trainer.waited_for():
             loop.run(on_state)
             validation = loop.validation or loop.validate()
     except (RuntimeError, MemoryError) as error:

@@ -90,12 +90,13 @@ class AsyncSearch(Search):
                     self._finish(self._trained(trial, finished))
                     self._start_followers(trial, executor)
         finally:
-            # First: a disk that is full must not keep processes alive.
+            # First: a disk that is full must not keep processes alive. A node's device needs Ray,
+            # which goes with the executor.
             try:
-                executor.close()
-            finally:
                 if self._measuring is not None:
                     self._measuring.close()
+            finally:
+                executor.close()
             self._note_time()
 
     def _tell_staleness(self, executor: Executor) -> None:

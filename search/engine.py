@@ -12,10 +12,7 @@ print(outcome.stop_reason, outcome.winner)
 from __future__ import annotations
 
 import logging
-import signal
-import threading
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,6 +28,7 @@ from search.parts import Parts
 from search.trial import Trial
 from search.warm_start import check_warm_start
 from space.records import record
+from space.signals import interruptible
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +152,7 @@ def run(campaign: Campaign, parts: Parts, watcher: CampaignWatcher) -> CampaignO
     """Run an open campaign to its end: search, hand-over, report."""
     from search.report import write_report
 
-    with campaign_logs(campaign.folder, watcher.note), _terminable():
+    with campaign_logs(campaign.folder, watcher.note), interruptible():
         logger.info("campaign %s in %s", campaign.config.name, campaign.folder)
         note_environment(campaign.store, parts.meters, watcher.note)
         search = make_search(campaign, parts, watcher)
@@ -177,26 +175,3 @@ def run(campaign: Campaign, parts: Parts, watcher: CampaignWatcher) -> CampaignO
             winner=winner,
             report=str(report),
         )
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM and SIGHUP, of a terminal that closes, end a campaign the way Ctrl-C does."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    for number, handler in before.items():
-        # What `nohup` ignores stays ignored.
-        if handler is not signal.SIG_IGN:
-            signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if handler is not None:  # not Python's own: it cannot be put back
-                signal.signal(number, handler)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import queue
 import threading
-import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from latency.processes import end_running
+from latency.processes import breaking_off
 from search.measuring import Figures, Latencies
 from search.store import Store
 from space.architecture import Architecture
-from space.errors import MeasurementError
+from space.errors import MeasurementError, MnasError
 
 #: A measurement that runs at the end is waited for so long; nobody needs it any more.
 END_LIMIT_S = 3.0
@@ -71,11 +70,9 @@ class MeasuringThread:
         self._ended.set()
         self._asked.put(None)
         self._thread.join(timeout=END_LIMIT_S)
-        deadline = time.monotonic() + END_LIMIT_S
-        while self._thread.is_alive() and time.monotonic() < deadline:
-            # A device's meter may begin anew where one program of it was killed.
-            end_running()
-            self._thread.join(timeout=0.2)
+        if self._thread.is_alive():
+            with breaking_off():
+                self._thread.join(timeout=END_LIMIT_S)
 
     def _work(self) -> None:
         try:
@@ -93,6 +90,9 @@ class MeasuringThread:
         except Exception as error:
             # The search's own thread raises it.
             self._found.put(error)
+        except BaseException as error:
+            # A plugin's meter that ends its thread, as sys.exit() does, must not do so unseen.
+            self._found.put(MnasError(f"the device's meter ended its thread: {error!r}"))
 
     def _next_group(self) -> list[Architecture] | None:
         """The networks that wait, at least one; None at the end."""

@@ -8,7 +8,6 @@ that closes, are taken as Ctrl-C.
 from __future__ import annotations
 
 import os
-import signal
 import sqlite3
 import sys
 from collections.abc import Callable
@@ -17,6 +16,7 @@ from typing import cast
 import typer
 
 from space.errors import ConfigError, Interrupted, MnasError
+from space.signals import interruptible
 
 #: The class of all complaints about flags and arguments, whichever click typer is built on.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -28,11 +28,6 @@ def _cannot(error: Exception) -> str:
 
 def _line(sentence: str, status: int) -> str:
     return f"mnas: {sentence}"
-
-
-def _interrupt(number: int, frame: object) -> None:
-    """Take a signal as Ctrl-C, so that what was started is ended and what was made is removed."""
-    raise KeyboardInterrupt
 
 
 def exit_status(
@@ -54,11 +49,9 @@ def exit_status(
     Raises:
         Exception: Any that is neither bad input nor the machine's doing.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is signal.SIG_DFL:  # `nohup` has it ignored
-            signal.signal(number, _interrupt)
     try:
-        status = command()
+        with interruptible():
+            status = command()
         # typer answers Ctrl-C with this status itself.
         if status == Interrupted.exit_status:
             raise KeyboardInterrupt

@@ -93,6 +93,15 @@ class EndlessDevice(FaultyDevice):
         raise MeasurementError("it was killed")
 
 
+class QuittingDevice(FaultyDevice):
+    """Ends the program, as a library made for command lines may."""
+
+    def measure(
+        self, architecture: Architecture, style: NetworkStyle = PAPER_STYLE
+    ) -> Measurement:
+        sys.exit(3)
+
+
 class UnpluggedDevice(FaultyDevice):
     """Has no figure while a file `unplugged` is there."""
 

@@ -26,7 +26,7 @@ from search.config import campaign_config, load_campaign_config
 from search.engine import start
 from search.store import Store
 from search.trial import Trial
-from space.errors import ConfigError
+from space.errors import ConfigError, MnasError
 
 TRIALS = 48
 
@@ -140,6 +140,14 @@ def test_a_device_that_fails_beside_the_trainings_costs_its_own_trials_only(
     assert all("the device went away" in t.failure.reason for t in failed if t.failure)
     measured = [trial for trial in trials if trial not in failed and trial.reused_from is None]
     assert all(trial.timings and "measure_s" in trial.timings for trial in measured)
+
+
+def test_a_device_that_ends_its_thread_ends_the_search_with_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(TESTS))
+    with pytest.raises(MnasError, match=r"meter ended its thread: SystemExit\(3\)"):
+        run_with_device(tmp_path, "random", "QuittingDevice", "FaultyEvaluator")
 
 
 def test_a_measurement_that_runs_ends_with_the_search(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from latency.device import (
 from latency.drift import DriftGuard
 from latency.measurement import Measurement
 from latency.pool import Member, PoolMeter
+from latency.processes import run_to_end
 from space.architecture import (
     PAPER_STYLE,
     Architecture,
@@ -71,6 +72,17 @@ class StandInBoard(LatencyMeter):
             raise MeasurementError(f"{self.name} is {fault}")
         hash_ = graph_hash(architecture, style)
         return Measurement((1.0, 1.0), 1, 0, 1, hash_, self.identity(), {}, {})
+
+
+class BusyBoard(StandInBoard):
+    """One whose tool takes its time."""
+
+    def measure(
+        self, architecture: Architecture, style: NetworkStyle = PAPER_STYLE
+    ) -> Measurement:
+        self.before()
+        done = run_to_end(["sleep", "600"], timeout_s=600.0)
+        raise MeasurementError(f"status {done.status}")
 
 
 def pool(*boards: StandInBoard, retire_after: int = 2) -> PoolMeter:
@@ -287,3 +299,23 @@ def test_a_member_that_has_no_file_is_named() -> None:
     values = {"kind": "pool", "devices": ["no_such_board"]}
     with pytest.raises(ConfigError, match="no_such_board: no such file"):
         resolve_members(values, Path())
+
+
+@pytest.mark.timeout(60)
+def test_who_no_longer_wants_figures_waits_for_no_device_and_no_rest() -> None:
+    resting, busy = threading.Event(), threading.Event()
+    slow, shifting = BusyBoard("slow"), StandInBoard("shifting", ["", "", "", "away"])
+    slow.before = busy.set
+    guard = DriftGuard(shifting, DriftConfig(every=1, pause_s=600.0))
+    shifting.before = lambda: resting.set() if len(shifting.measured) == 3 else None
+    members = [
+        Member("slow", slow),
+        Member("shifting", guard),
+        Member("quick", quick := StandInBoard("quick")),
+    ]
+    outcomes = PoolMeter("rack", members, retire_after=2).measure_all(NETWORKS)
+    assert next(iter(outcomes))[0] in NETWORKS
+    assert quick.measured
+    assert busy.wait(30)
+    assert resting.wait(30)
+    outcomes.close()  # type: ignore[attr-defined]  # as Ctrl-C and the end of a search do

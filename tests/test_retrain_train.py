@@ -60,7 +60,7 @@ print(json.dumps([result.accuracy, result.losses, digest]))
 
 
 INTERRUPTED = """
-import sys, time
+import os, signal, time
 import space.depthwise
 from retrain import train
 from retrain.config import Recipe
@@ -86,8 +86,12 @@ recipe = build(Recipe, parse_yaml(TINY_RECIPE, where="tiny"), where="tiny")
 try:
     train.train(TINY, recipe, seed=0, threads=1)
 except KeyboardInterrupt:
-    pass
-print("ended")
+    print("let MindSpore end its step")
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(5)
+except KeyboardInterrupt:
+    print("has Ctrl-C back")
 """
 
 
@@ -112,7 +116,9 @@ def trained_elsewhere(seed: int) -> list[object]:
 
 @pytest.mark.slow
 def test_an_exception_amid_a_step_lets_mindspore_end_it_before_the_network_goes() -> None:
-    assert elsewhere(INTERRUPTED).endswith("ended\n")
+    told = elsewhere(INTERRUPTED).splitlines()
+    # MindSpore takes SIGINT, too, and would end a notebook that has trained something.
+    assert told[-2:] == ["let MindSpore end its step", "has Ctrl-C back"]
 
 
 @pytest.mark.slow
