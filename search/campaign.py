@@ -122,7 +122,9 @@ def create(folder: Path, config: CampaignConfig) -> Campaign:
 
 def _is_free(folder: Path) -> bool:
     """Whether a folder is empty, or holds no more than a campaign that was killed as it began."""
-    names = {path.name for path in folder.iterdir()}
+    paths = list(folder.iterdir())
+    # A kill amid a write leaves `.config.yaml.PID.tmp`.
+    names = {path.name for path in paths if not (path.suffix == ".tmp" and path.name[0] == ".")}
     begun = {"campaign.lock", "campaign.owner.json", "config.yaml"}
     # Without our lock the config.yaml is somebody's own.
     return not names or ("campaign.lock" in names and names <= begun)

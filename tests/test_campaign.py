@@ -307,6 +307,7 @@ def test_a_campaign_that_was_killed_as_it_began_begins_again(tmp_path: Path) -> 
     # What is written before the database.
     (folder / "campaign.lock").touch()
     (folder / "campaign.owner.json").write_text("{}")
+    (folder / ".config.yaml.4711.tmp").write_text("name: ha")
     assert start(config, folder).trials == 8
 
 

@@ -320,10 +320,11 @@ def test_each_worker_sees_one_npu_of_its_own(cluster: Any) -> None:
     evaluator = PluginConfig("plugin", "plugin_parts:NpuEvaluator", {})
     made = RayExecutor(RayConfig("ray", address=cluster.address, npus=1), evaluator)
     try:
-        for trial_id in range(8):
+        # Enough of them that the other worker, however late it starts, gets one.
+        for trial_id in range(40):
             made.submit(Job(trial_id, find_architecture("mnasnet-small"), 1))
         found: list[Finished] = []
-        until(lambda: len(found.extend(made.wait(1.0)) or found) == 8)
+        until(lambda: len(found.extend(made.wait(1.0)) or found) == 40)
         assert made.capacity == 2
         seen = {end.outcome.metrics["npu"] for end in found if isinstance(end.outcome, Evaluation)}
         assert seen == {0.0, 1.0}

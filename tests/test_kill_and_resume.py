@@ -54,7 +54,7 @@ def test_kill_9_anywhere_and_resume_is_bit_identical(tmp_path: Path, quiet: Path
 def test_ctrl_c_ends_within_five_seconds_says_how_to_go_on_and_resume_does(
     tmp_path: Path, quiet: Path
 ) -> None:
-    config = write_synthetic(tmp_path, trials=TRIALS, seconds=0.02)
+    config = write_synthetic(tmp_path, trials=TRIALS, seconds=0.1)
     folder = tmp_path / "run"
     process = start_mnas("search", str(config), "--out", str(folder))
     wait_for_results(folder, 10)
@@ -75,7 +75,7 @@ def test_ctrl_c_ends_within_five_seconds_says_how_to_go_on_and_resume_does(
 def test_sigterm_and_a_closed_terminal_end_a_campaign_as_ctrl_c_does(
     number: int, tmp_path: Path, quiet: Path
 ) -> None:
-    config = write_synthetic(tmp_path, trials=TRIALS, seconds=0.02)
+    config = write_synthetic(tmp_path, trials=TRIALS, seconds=0.1)
     folder = tmp_path / "run"
     process = start_mnas("search", str(config), "--out", str(folder))
     wait_for_results(folder, 3)

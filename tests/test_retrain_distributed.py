@@ -14,6 +14,7 @@ import filelock
 import numpy as np
 import psutil
 import pytest
+from boards import free_port
 from retrain_parts import TINY, TINY_TEXT
 
 from retrain.checkpoint import load_checkpoint
@@ -188,7 +189,8 @@ def test_one_process_trains_whatever_msrun_starts(tmp_path: Path, recipe: str) -
     out, scripts = tmp_path / "out", Path(sys.executable).parent
     msrun = [
         str(scripts / "msrun"), "--worker_num", "2", "--local_worker_num",
-        "2", "--master_port", "8329", "--log_dir", str(tmp_path / "logs"), "--join", "True",
+        "2", "--master_port", str(free_port()), "--log_dir", str(tmp_path / "logs"), "--join",
+        "True",
         "python", "-m", "retrain", "--config", recipe, "--arch", TINY_TEXT, "--out", str(out),
         "--threads", "1", "--distribute", "False", "epochs=1",
     ]  # fmt: skip

@@ -260,8 +260,11 @@ def test_a_runner_that_dies_amid_its_work_is_said_to_have_died(
     assert list(remote_folder.iterdir()) == []
 
 
-def test_a_supervisor_that_dies_is_a_lost_connection(board: Board, tmp_path: Path) -> None:
-    error = fault(board.config(python=acting(tmp_path, "os.kill(os.getppid(), signal.SIGKILL)")))
+def test_a_supervisor_that_dies_is_a_lost_connection(
+    board: Board, tmp_path: Path, remote_folder: Path
+) -> None:
+    python = acting(tmp_path, "os.kill(os.getppid(), signal.SIGKILL)")
+    error = fault(board.config(python=python, folder=str(remote_folder)))
     assert "ended before an answer came" in str(error)
 
 
