@@ -248,10 +248,9 @@ def draw_samples(samples: dict[str, NDArray[np.float64]], arguments: argparse.Na
         percent = np.full(len(ratios), 100 / len(ratios))
         panel.hist(ratios.clip(edges[0], edges[-1]), bins=edges, weights=percent, color="#0072B2")
         panel.axvline(1.0, color="#D55E00", linewidth=1)
-        panel.text(0.98, 0.9, label, transform=panel.transAxes, ha="right", va="top", fontsize=9)
-        panel.set_ylim(0, 30)
-    axes[0].text(1.01, 24, "target", color="#D55E00", fontsize=8)
-    figure.supylabel("% of the samples (bars may be higher)", fontsize=9)
+        panel.set_title(label, loc="right", fontsize=8, pad=2)
+    axes[0].text(1.02, 0.8 * axes[0].get_ylim()[1], "target", color="#D55E00", fontsize=8)
+    figure.supylabel("% of the samples", fontsize=9)
     axes[-1].set_xlabel("latency / target of the last half's samples; the last bar: 2.4 and more")
     figure.suptitle(
         f"PPO, {arguments.trials:,} trials, {arguments.seeds} seeds: sampled networks by reward",
