@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import filelock
 import platformdirs
 
+from latency.processes import heed_breaking_off, is_breaking_off
 from space.errors import MeasurementError
 
 
@@ -45,13 +46,16 @@ def device_lock(name: str, where: str, timeout_s: float) -> Iterator[None]:
 
     Raises:
         MeasurementError: It is held by another for longer than the time-out, or cannot be made.
+        BrokenOff: See latency.processes.breaking_off.
     """
     folder = platformdirs.user_cache_path("mnas")
     path = folder / f"measuring-{file_name(name)}.lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        held = filelock.FileLock(path).acquire(timeout=timeout_s)
+        lock = filelock.FileLock(path)
+        held = lock.acquire(timeout=timeout_s, cancel_check=is_breaking_off)
     except filelock.Timeout:
+        heed_breaking_off()
         raise MeasurementError(
             f"another process has been measuring {where} for {timeout_s:g} s ({path} is"
             " locked); wait for it or raise lock_timeout_s"

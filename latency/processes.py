@@ -76,7 +76,10 @@ def run_to_end(
 
     Raises:
         OSError: It cannot be started.
+        BrokenOff: See `breaking_off`.
     """
+    if not to_the_end:
+        heed_breaking_off()
     process = subprocess.Popen(
         list(argv),
         stdin=subprocess.DEVNULL if given is None else subprocess.PIPE,
@@ -91,9 +94,9 @@ def run_to_end(
         assert process.stderr is not None
         output, errors = _Reader(process.stdout, process), _Reader(process.stderr, process)
         feeder = threading.Thread(target=_feed, args=(process.stdin, given), daemon=True)
-        threads += (feeder, output, errors)
-        for thread in threads:
+        for thread in (feeder, output, errors):
             thread.start()
+            threads.append(thread)
         if not to_the_end:
             _running.add(process)
             if _breaking_off.is_set():
@@ -104,23 +107,33 @@ def run_to_end(
     finally:
         _running.discard(process)
         kill_group(process)
-        # A daemon that the program left behind, in a group of its own, may hold the pipes open.
-        for thread in threads:
-            thread.join(_PIPE_S)
-        for pipe in (process.stdin, process.stdout, process.stderr):
-            with contextlib.suppress(OSError):
-                if pipe is not None:
-                    pipe.close()
+        _close_pipes(process, threads)
+    if not to_the_end:
+        heed_breaking_off()
     if output.overflowed or errors.overflowed:
         ending = "output"
     return Finished(process.returncode, output.text, errors.text, ending)
 
 
+def _close_pipes(process: subprocess.Popen[bytes], threads: Sequence[threading.Thread]) -> None:
+    # A daemon that the program left behind, in a group of its own, may hold the pipes open.
+    for thread in threads:
+        thread.join(_PIPE_S)
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        with contextlib.suppress(OSError):
+            if pipe is not None:
+                pipe.close()
+
+
+class BrokenOff(BaseException):
+    """Whoever asked for figures wants them no more: no reason for a figure that is missing."""
+
+
 @contextlib.contextmanager
 def breaking_off() -> Iterator[None]:
-    """Have the measurements of other threads end: within, their programs are killed as they start.
+    """Have the measurements of other threads end: within, what they wait for raises BrokenOff.
 
-    With all that these started; and nobody rests.
+    Their programs are killed, with all that these started.
     """
     _breaking_off.set()
     try:
@@ -131,9 +144,29 @@ def breaking_off() -> Iterator[None]:
         _breaking_off.clear()
 
 
+def is_breaking_off() -> bool:
+    """Whether measurements are being broken off."""
+    return _breaking_off.is_set()
+
+
+def heed_breaking_off() -> None:
+    """End what this thread measures if measurements are being broken off.
+
+    Raises:
+        BrokenOff: They are.
+    """
+    if _breaking_off.is_set():
+        raise BrokenOff
+
+
 def rest(seconds: float) -> None:
-    """Wait so long, or until measurements are broken off."""
-    _breaking_off.wait(seconds)
+    """Wait so long.
+
+    Raises:
+        BrokenOff: See `breaking_off`.
+    """
+    if _breaking_off.wait(seconds):
+        raise BrokenOff
 
 
 class _Reader(threading.Thread):

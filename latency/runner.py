@@ -300,8 +300,8 @@ def run_in_turn(
 
     Args:
         networks: Models and how they are run, on the same cores.
-        rounds: How many; one takes ROUND_S, or FEWEST_SAMPLES inferences of each network, and may
-            take as long as a measurement.
+        rounds: How many; one takes ROUND_WARM_UP_S and ROUND_S, or FEWEST_SAMPLES inferences of
+            each network in place of either, and may take as long as a measurement.
 
     Returns:
         For each round, each network's times.

@@ -470,8 +470,8 @@ class Trainer:
         try:
             yield
         except BaseException:
-            with contextlib.suppress(Exception):  # what the step says is no news any more
-                for parameter in self._trained.get_parameters():
+            for parameter in self._trained.get_parameters():
+                with contextlib.suppress(Exception):  # what the step says is no news any more
                     parameter.asnumpy()
             raise
 

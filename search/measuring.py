@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 from latency.device import LatencyMeter
 from latency.measurement import Measurement, fingerprint
+from latency.processes import rest
 from search.evaluation import Evaluator
 from search.measurement_cache import MeasurementCache
 from search.objective import LATENCY, ObjectiveConfig
@@ -272,7 +273,7 @@ def _identified(name: str, meter: LatencyMeter) -> str:
             if pause is None:
                 raise _gone("does not answer", name, error) from error
             logger.warning("%s: %s; it is asked again in %g s", name, error, pause)
-            time.sleep(pause)
+            rest(pause)
     raise AssertionError  # the last round returns or raises
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from latency.processes import breaking_off
+from latency.processes import BrokenOff, breaking_off
 from search.measuring import Figures, Latencies
 from search.store import Store
 from space.architecture import Architecture
@@ -90,6 +90,8 @@ class MeasuringThread:
         except Exception as error:
             # The search's own thread raises it.
             self._found.put(error)
+        except BrokenOff:
+            return  # nobody listens any more
         except BaseException as error:
             # A plugin's meter that ends its thread, as sys.exit() does, must not do so unseen.
             self._found.put(MnasError(f"the device's meter ended its thread: {error!r}"))

@@ -11,11 +11,13 @@ and whatever the device needs (adb, a key, onnxruntime) has to be there only.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 from latency.device import DeviceConfig, LatencyMeter, Outcome, only_measurement
 from latency.measurement import Measurement
+from latency.processes import heed_breaking_off
 from search.ray_cluster import connect, gist
 from space.architecture import PAPER_STYLE, Architecture, NetworkStyle
 from space.errors import ConfigError, MeasurementError
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
 START_LIMIT_S = 120.0
 #: Its device has limits of its own; a process that says nothing for so long is taken for lost.
 SILENCE_LIMIT_S = 1800.0
+#: How often it is looked whether figures are still wanted.
+LOOK_S = 1.0
 
 
 class _AtNode:
@@ -203,8 +207,7 @@ class NodeMeter(LatencyMeter):
         actor = self._bench.started()
         outcomes = actor.measure_all.remote(architectures, style, full=self._full)
         while True:
-            ready, _ = self._bench.ray.wait([outcomes], timeout=SILENCE_LIMIT_S)
-            if not ready:
+            if not self._ready(outcomes):
                 raise self._bench.ray.exceptions.GetTimeoutError(
                     f"nothing came for {SILENCE_LIMIT_S:.0f} s"
                 )
@@ -213,3 +216,13 @@ class NodeMeter(LatencyMeter):
                 return
             found: Outcome = self._bench.ray.get(outcome)
             yield found
+
+    def _ready(self, outcomes: Any) -> bool:
+        """Whether there is one, or an end, before the actor has been silent for too long."""
+        deadline = time.monotonic() + SILENCE_LIMIT_S
+        while time.monotonic() < deadline:
+            ready, _ = self._bench.ray.wait([outcomes], timeout=LOOK_S)
+            heed_breaking_off()
+            if ready:
+                return True
+        return False

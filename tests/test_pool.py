@@ -23,9 +23,10 @@ from latency.device import (
     resolve_members,
 )
 from latency.drift import DriftGuard
+from latency.lock import device_lock
 from latency.measurement import Measurement
 from latency.pool import Member, PoolMeter
-from latency.processes import run_to_end
+from latency.processes import BrokenOff, breaking_off, run_to_end
 from space.architecture import (
     PAPER_STYLE,
     Architecture,
@@ -319,3 +320,25 @@ def test_who_no_longer_wants_figures_waits_for_no_device_and_no_rest() -> None:
     assert busy.wait(30)
     assert resting.wait(30)
     outcomes.close()  # type: ignore[attr-defined]  # as Ctrl-C and the end of a search do
+
+
+@pytest.mark.timeout(60)
+def test_nobody_waits_for_a_locked_device_any_more() -> None:
+    waiting = threading.Event()
+    ended: list[type[BaseException]] = []
+
+    def wait() -> None:
+        waiting.set()
+        try:
+            with device_lock("rack", "on the rack", 600.0):
+                pass
+        except BrokenOff as end:
+            ended.append(type(end))
+
+    with device_lock("rack", "on the rack", 0.0):
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert waiting.wait(30)
+        with breaking_off():
+            thread.join(30)
+    assert ended == [BrokenOff]
